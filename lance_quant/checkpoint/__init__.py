@@ -1,0 +1,1 @@
+"""Lance checkpoints on disk: layouts, strict streaming reads, writes, fingerprints."""

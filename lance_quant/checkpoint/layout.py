@@ -1,0 +1,233 @@
+"""Which tensors a Lance checkpoint holds, and which of them are quantized: tables over `LanceConfig`.
+
+A layer has two experts: the understanding path "und" (no suffix) and the generation path "gen" (`_moe_gen`), seven
+linears each (Lance spec sec. 3). What several linears read in common is one input *site*.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lance_quant.checkpoint.config import CheckpointConfig
+from lance_quant.errors import LanceQuantError
+from lance_quant.model.config import LanceConfig
+
+PATHS = ("und", "gen")
+SUFFIX = {"und": "", "gen": "_moe_gen"}
+SITES = ("qkv", "o", "gate_up", "down")
+NORMS = ("input_layernorm", "post_attention_layernorm")
+POSITION_TABLE = "latent_pos_embed.pos_embed"
+VIT_PREFIX = "vit_model."
+TIME_FREQUENCIES = 256  # width of the timestep sinusoid (Lance spec sec. 11), the same in every Lance
+
+HUB = "https://huggingface.co/bytedance-research/Lance"
+
+
+@dataclass(frozen=True)
+class LinearRow:
+    """One kind of linear in a layer: its block, leaf, input site, and the config sizes of its two sides."""
+
+    block: str
+    leaf: str
+    site: str
+    outputs: str
+    inputs: str
+    bias: bool
+
+
+LINEARS = (
+    LinearRow("self_attn", "q_proj", "qkv", "query", "hidden", True),
+    LinearRow("self_attn", "k_proj", "qkv", "value", "hidden", True),
+    LinearRow("self_attn", "v_proj", "qkv", "value", "hidden", True),
+    LinearRow("self_attn", "o_proj", "o", "hidden", "query", False),
+    LinearRow("mlp", "gate_proj", "gate_up", "intermediate", "hidden", False),
+    LinearRow("mlp", "up_proj", "gate_up", "intermediate", "hidden", False),
+    LinearRow("mlp", "down_proj", "down", "hidden", "intermediate", False),
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear to quantize. `name` is its module name upstream, without `.weight`."""
+
+    name: str
+    path: str
+    layer: int
+    site: str
+    out_features: int
+    in_features: int
+    bias: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """An opened checkpoint: the files of its parts and its resolved sizes. Nothing is read into memory."""
+
+    name: str
+    layout: str
+    folder: Path
+    model_file: Path
+    config_file: Path
+    vit_file: Path | None
+    vit_config_file: Path
+    vae_file: Path
+    config: LanceConfig
+    image_edge: int
+    vit_edge: int
+
+
+def layer_prefix(layer: int) -> str:
+    return f"language_model.model.layers.{layer}."
+
+
+def linear_name(layer: int, path: str, block: str, leaf: str) -> str:
+    """Upstream puts the suffix on the leaf in attention and on the block in the MLP (Lance spec sec. 3)."""
+    suffix = SUFFIX[path]
+    inner = f"{block}.{leaf}{suffix}" if block == "self_attn" else f"{block}{suffix}.{leaf}"
+    return layer_prefix(layer) + inner
+
+
+def norm_name(layer: int, path: str, which: str) -> str:
+    """Module name of one of `NORMS`, without `.weight`."""
+    return f"{layer_prefix(layer)}{which}{SUFFIX[path]}"
+
+
+def _sizes(config: LanceConfig) -> dict[str, int]:
+    return {
+        "hidden": config.hidden_size,
+        "intermediate": config.intermediate_size,
+        "query": config.num_attention_heads * config.head_dim,
+        "value": config.num_key_value_heads * config.head_dim,
+    }
+
+
+def layer_targets(config: LanceConfig, layer: int) -> list[Target]:
+    """The 14 linears of a layer: und then gen, each q, k, v, o, gate, up, down."""
+    size = _sizes(config)
+    return [
+        Target(
+            linear_name(layer, path, row.block, row.leaf),
+            path,
+            layer,
+            row.site,
+            size[row.outputs],
+            size[row.inputs],
+            row.bias and config.attention_bias,
+        )
+        for path in PATHS
+        for row in LINEARS
+    ]
+
+
+def targets(config: LanceConfig) -> list[Target]:
+    """Every linear to quantize, layer by layer: 504 in the published models."""
+    return [target for layer in range(config.num_hidden_layers) for target in layer_targets(config, layer)]
+
+
+def expected_shapes(config: LanceConfig) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of decoder and adapters (Lance spec sec. 3), the position table and `vit_model.*` aside."""
+    hidden, latent = config.hidden_size, config.latent_channels
+    shapes: dict[str, tuple[int, ...]] = {"language_model.model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for layer in range(config.num_hidden_layers):
+        for target in layer_targets(config, layer):
+            shapes[f"{target.name}.weight"] = (target.out_features, target.in_features)
+            if target.bias:
+                shapes[f"{target.name}.bias"] = (target.out_features,)
+        for path in PATHS:
+            for norm in NORMS:
+                shapes[f"{norm_name(layer, path, norm)}.weight"] = (hidden,)
+            if config.qk_norm:
+                for leaf in ("q_norm", "k_norm"):
+                    shapes[f"{layer_prefix(layer)}self_attn.{leaf}{SUFFIX[path]}.weight"] = (config.head_dim,)
+    for path in PATHS:
+        shapes[f"language_model.model.norm{SUFFIX[path]}.weight"] = (hidden,)
+    shapes |= {
+        "language_model.lm_head.weight": (config.vocab_size, hidden),
+        "time_embedder.mlp.0.weight": (hidden, TIME_FREQUENCIES),
+        "time_embedder.mlp.0.bias": (hidden,),
+        "time_embedder.mlp.2.weight": (hidden, hidden),
+        "time_embedder.mlp.2.bias": (hidden,),
+        "vae2llm.weight": (hidden, latent),
+        "vae2llm.bias": (hidden,),
+        "llm2vae.weight": (latent, hidden),
+        "llm2vae.bias": (latent,),
+    }
+    return shapes
+
+
+def vision_shapes(vision: dict) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of a vision tower (its `config.json`), without prefix: 390 in the published one."""
+    hidden, wide = vision["hidden_size"], vision["intermediate_size"]
+    merged = hidden * vision.get("spatial_merge_size", 2) ** 2
+    patch = vision["patch_size"]
+    colours, frames = vision.get("in_channels", vision.get("in_chans", 3)), vision.get("temporal_patch_size", 2)
+    shapes: dict[str, tuple[int, ...]] = {"patch_embed.proj.weight": (hidden, colours, frames, patch, patch)}
+    linears = {"attn.qkv": (3 * hidden, hidden), "attn.proj": (hidden, hidden), "mlp.gate_proj": (wide, hidden)}
+    linears |= {"mlp.up_proj": (wide, hidden), "mlp.down_proj": (hidden, wide)}
+    for block in range(vision["depth"]):
+        for norm in ("norm1", "norm2"):
+            shapes[f"blocks.{block}.{norm}.weight"] = (hidden,)
+        for name, shape in linears.items():
+            shapes[f"blocks.{block}.{name}.weight"] = shape
+            shapes[f"blocks.{block}.{name}.bias"] = shape[:1]
+    shapes["merger.ln_q.weight"] = (hidden,)
+    for name, rows in (("merger.mlp.0", merged), ("merger.mlp.2", vision["out_hidden_size"])):
+        shapes[f"{name}.weight"] = (rows, merged)
+        shapes[f"{name}.bias"] = (rows,)
+    return shapes
+
+
+def open_checkpoint(cfg: CheckpointConfig) -> Checkpoint:
+    """Find the parts of a checkpoint (Lance spec sec. 1) and read its config.
+
+    Raises LanceQuantError where a part is missing, with where to get it and which option takes its path.
+    """
+    from lance_quant.checkpoint.reader import TensorReader
+
+    folder = Path(cfg.path).expanduser()
+    if not folder.is_dir():
+        raise LanceQuantError(
+            f"checkpoint '{cfg.name}' is not at {folder}: get it from {HUB} and give its folder as checkpoint.path=..."
+        )
+    model_file = _first(
+        [folder / "model.safetensors", folder / "ema.safetensors"],
+        f"{folder} holds no model.safetensors: give the model's own folder (such as Lance_3B) as checkpoint.path=...",
+    )
+    vit_folder = Path(cfg.vit).expanduser() if cfg.vit else folder.parent / "Qwen2.5-VL-ViT"
+    vit_config = _first(
+        [vit_folder / "config.json"],
+        f"the vision tower's config.json is not in {vit_folder}: get it from {HUB}, give its folder as checkpoint.vit=...",
+    )
+    vae = Path(cfg.vae).expanduser() if cfg.vae else folder.parent / "Wan2.2_VAE.pth"
+    vae_file = _first(
+        [vae, vae.with_suffix(".safetensors")],
+        f"the VAE file is not at {vae}: get it from {HUB} and give it as checkpoint.vae=...",
+    )
+    config = LanceConfig.from_folder(folder)
+    with TensorReader(model_file) as reader:
+        layout = "video" if any(name.startswith(VIT_PREFIX) for name in reader.names()) else "image"
+    vit_file = None  # the video file bundles the vision tower, which then overrides the standalone one
+    if layout == "image":
+        vit_file = _first(
+            [vit_folder / "vit.safetensors"],
+            f"{vit_folder} holds no vit.safetensors: get the folder from {HUB} and give it as checkpoint.vit=...",
+        )
+    return Checkpoint(
+        name=cfg.name,
+        layout=layout,
+        folder=folder,
+        model_file=model_file,
+        config_file=folder / "llm_config.json",
+        vit_file=vit_file,
+        vit_config_file=vit_config,
+        vae_file=vae_file,
+        config=config,
+        image_edge=cfg.image_edge,
+        vit_edge=cfg.vit_edge,
+    )
+
+
+def _first(candidates: list[Path], complaint: str) -> Path:
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise LanceQuantError(complaint)

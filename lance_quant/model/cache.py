@@ -1,0 +1,36 @@
+"""`KVCache`: keys and values of a context, allocated once and written in place.
+
+The denoising steps read the context and their own tokens without keeping them: `scratch` writes behind the end and
+does not move it.
+"""
+
+import torch
+
+from lance_quant.model.config import LanceConfig
+
+
+class KVCache:
+    """Keys and values of every layer, each [B, kv_heads, capacity, head_dim], after QK-norm and rotary.
+
+    `length` tokens are kept. Raises ValueError where a write would not fit.
+    """
+
+    def __init__(self, config: LanceConfig, capacity: int, batch: int, device, dtype: torch.dtype):
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.capacity = capacity
+        self.length = 0
+
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put this call's keys and values behind the context; returns views of context and call together."""
+        end = self.length + key.shape[2]
+        if end > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens, {end} are needed")
+        self.keys[layer, :, :, self.length : end] = key
+        self.values[layer, :, :, self.length : end] = value
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, tokens: int) -> None:
+        """Keep what the last call wrote."""
+        self.length += tokens

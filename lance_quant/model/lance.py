@@ -1,0 +1,100 @@
+"""`Lance`: decoder, adapters and vision tower under upstream's key names, built without memory, filled by streaming.
+
+lance = load_lance(open_checkpoint(CheckpointConfig(path="downloads/Lance_3B")), device="cuda")
+"""
+
+import torch
+from torch import nn
+
+from lance_quant.checkpoint.layout import VIT_PREFIX, Checkpoint
+from lance_quant.errors import LanceQuantError
+from lance_quant.model.config import LanceConfig, read_json
+from lance_quant.model.decoder import LanguageModel
+from lance_quant.model.embedders import TimeEmbedder, latent_positions
+from lance_quant.model.sequence import Sample
+from lance_quant.model.vision import build_vision_tower
+
+
+class Lance(nn.Module):
+    """The whole model but the VAE. `vision_config`: the vision tower's `config.json`, None for a model without eyes."""
+
+    def __init__(self, config: LanceConfig, vision_config: dict | None, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config = config
+        self.language_model = LanguageModel(config)
+        self.time_embedder = TimeEmbedder(config.hidden_size)
+        self.vae2llm = nn.Linear(config.latent_channels, config.hidden_size)
+        self.llm2vae = nn.Linear(config.hidden_size, config.latent_channels)
+        self.vit_model = build_vision_tower(vision_config, dtype) if vision_config is not None else None
+
+    @property
+    def device(self) -> torch.device:
+        return self.vae2llm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vae2llm.weight.dtype
+
+    def look(self, patches: torch.Tensor, grids) -> torch.Tensor:
+        """Patches [P, 1176] of pictures or clips with grids (t, h, w) -> merged tokens [P / 4, H]."""
+        grid = torch.tensor(grids, device=self.device)
+        return self.vit_model(patches.to(self.device, self.dtype), grid_thw=grid).pooler_output
+
+    def latent_table(self, grids) -> torch.Tensor:
+        """Position rows [sum(t*h*w), H] of VAE blocks (Lance spec sec. 11).
+
+        Raises LanceQuantError for a grid beyond max_latent_size, where upstream would silently reuse other rows.
+        """
+        for grid in grids:
+            if max(grid[1:]) > self.config.max_latent_size:
+                raise LanceQuantError(
+                    f"a latent grid of {grid[1]} x {grid[2]} is larger than this model's "
+                    f"{self.config.max_latent_size} a side: draw at most {16 * self.config.max_latent_size} pixels a side"
+                )
+        rows = [latent_positions(grid, self.config.hidden_size) for grid in grids]
+        return torch.cat(rows).to(self.device, self.dtype)
+
+    def embed_latents(self, x: torch.Tensor, t: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """Latents x [..., k, 48] at timesteps t [..., k] (0 for clean rows), table [k, H] -> [..., k, H]."""
+        return self.vae2llm(x.to(self.dtype)) + self.time_embedder(t) + table
+
+    def embed(self, sample: Sample, x: torch.Tensor | None = None, t: torch.Tensor | None = None) -> torch.Tensor:
+        """Token embeddings [1, n, H] of a sample; x [n_vae, 48] and t [n_vae] are its latents and their timesteps."""
+        hidden = self.language_model.model.embed_tokens(sample.ids.to(self.device))
+        if sample.vit_patches is not None and len(sample.vit_indexes):
+            hidden[sample.vit_indexes.to(self.device)] = self.look(sample.vit_patches, sample.vit_grids)
+        if x is not None:
+            latents = self.embed_latents(x, t, self.latent_table(sample.latent_grids))
+            hidden[sample.vae_indexes.to(self.device)] = latents
+        return hidden[None]
+
+
+def build_lance(checkpoint: Checkpoint, dtype: torch.dtype) -> Lance:
+    """A Lance of the checkpoint's sizes on the meta device: no memory, no weights."""
+    vision_config = read_json(checkpoint.vit_config_file)
+    with torch.device("meta"):
+        return Lance(checkpoint.config, vision_config, dtype).eval().requires_grad_(False)
+
+
+def load_lance(checkpoint: Checkpoint, device="cpu", dtype: torch.dtype = torch.bfloat16) -> Lance:
+    """Read a checkpoint tensor by tensor into `dtype` on `device`; never two copies of a weight.
+
+    Strict: LanceQuantError names missing or unexpected keys and wrong shapes; the position table alone is ignored, as
+    upstream regenerates it (Lance spec sec. 1).
+    """
+    from lance_quant.checkpoint.fill import fill
+
+    lance = build_lance(checkpoint, dtype)
+    bundled = checkpoint.vit_file is None
+    fill(lance, checkpoint.model_file, device, dtype, elsewhere=() if bundled else (VIT_PREFIX,))
+    if not bundled:
+        fill(lance.vit_model, checkpoint.vit_file, device, dtype)
+    place_buffers(lance, device)
+    return lance
+
+
+def place_buffers(lance: Lance, device) -> None:
+    """Move what was computed at construction, on the CPU, to where the weights are."""
+    for module in lance.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))

@@ -1,0 +1,245 @@
+"""The flow sampler: Euler steps from noise to latents, with guidance by dropping the caption (Lance spec sec. 12, 13).
+
+    flow = CachedFlow(lance, sample, state, cfg)
+    state = run_flow(flow, state, cfg)
+
+The state holds the latents of every VAE block, float32 or bfloat16 as the model is [n_vae, 48]; velocity points from
+data to noise. One loop serves generation, evaluation and calibration.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+from lance_quant.errors import LanceQuantError
+from lance_quant.model.cache import KVCache
+from lance_quant.model.lance import Lance
+from lance_quant.model.positions import CAPTION, block_mask, causal_mask, generation_positions
+from lance_quant.model.routing import Routing
+from lance_quant.model.sequence import Sample
+
+RENORMS = ("global", "channel", "none")
+
+
+@dataclass(kw_only=True)
+class FlowConfig:
+    """Sampler settings; the defaults are upstream's launcher's (Lance spec sec. 18).
+
+    guidance acts at timesteps in (low, high]; bf16_norms: compute the renormalisation's norms in bfloat16, as CPU
+    autocast does (the parity fixtures), instead of float32 as on a GPU. cached: keep the context's keys and values.
+    """
+
+    steps: int = 30
+    timestep_shift: float = 3.5
+    guidance: float = 4.0
+    guidance_low: float = 0.4
+    guidance_high: float = 1.0
+    renorm: str = "global"
+    renorm_min: float = 0.0
+    cached: bool = True
+    bf16_norms: bool = False
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise LanceQuantError(f"steps={self.steps} must be at least 1")
+        if self.timestep_shift <= 0:
+            raise LanceQuantError(f"timestep_shift={self.timestep_shift} must be positive")
+        if self.renorm not in RENORMS:
+            raise LanceQuantError(f"renorm='{self.renorm}' is unknown: take one of {', '.join(RENORMS)}")
+
+
+class Velocities(NamedTuple):
+    """Conditional and, where guidance is on, unconditional velocity, each [rows, 48]."""
+
+    conditional: torch.Tensor
+    unconditional: torch.Tensor | None
+
+
+class Flow(Protocol):
+    rows: torch.Tensor
+    """State rows that the velocities are of."""
+
+    def velocities(self, state: torch.Tensor, t: torch.Tensor, guided: bool) -> Velocities: ...
+
+
+def timesteps(cfg: FlowConfig) -> torch.Tensor:
+    """float32 [steps + 1], from 1 to 0 (Lance spec sec. 12)."""
+    s = torch.linspace(1, 0, cfg.steps + 1)
+    return cfg.timestep_shift * s / (1 + (cfg.timestep_shift - 1) * s)
+
+
+def is_guided(t: torch.Tensor, cfg: FlowConfig) -> bool:
+    """Compared in float32: a timestep equal to float32(0.4) is off (quirk Q8)."""
+    low, high = torch.tensor(cfg.guidance_low), torch.tensor(cfg.guidance_high)
+    return cfg.guidance > 1 and bool(low < t) and bool(t <= high)
+
+
+def guide(velocities: Velocities, cfg: FlowConfig) -> torch.Tensor:
+    """Guided velocity [rows, 48], rescaled to at most the conditional one's norm."""
+    conditional, unconditional = velocities
+    if unconditional is None:
+        return conditional
+    guided = unconditional + cfg.guidance * (conditional - unconditional)
+    if cfg.renorm == "none":
+        return guided
+
+    def norm(v: torch.Tensor) -> torch.Tensor:
+        wide = v.dtype if cfg.bf16_norms else torch.float32
+        if cfg.renorm == "global":  # quirk Q4: over every row, the frozen frame of i2v included
+            return torch.linalg.vector_norm(v.to(wide))
+        return torch.linalg.vector_norm(v.to(wide), dim=-1, keepdim=True)
+
+    scale = (norm(conditional) / (norm(guided) + 1e-8)).clamp(min=cfg.renorm_min, max=1.0)
+    return (guided * scale).to(guided.dtype)
+
+
+class CachedFlow:
+    """Denoising over a kept context: only the target block runs at each step (Lance spec sec. 13; upstream's default).
+
+    The unconditional context keeps the conditional positions while its target is placed anew (quirk Q3).
+    """
+
+    @torch.inference_mode()
+    def __init__(self, lance: Lance, sample: Sample, state: torch.Tensor, cfg: FlowConfig):
+        self.lance, self.sample = lance, sample
+        device = lance.device
+        conditional, unconditional, _ = generation_positions(
+            sample.ids, sample.grids, sample.modality, lance.config.video_token_id
+        )
+        target = next(span for span in sample.spans() if span[2] == "noise")
+        self.start, self.end = target[:2]
+        in_target = (sample.vae_indexes >= self.start) & (sample.vae_indexes < self.end)
+        self.rows = in_target.nonzero().squeeze(1)
+        self.moves = torch.isin(sample.vae_indexes, sample.mse_indexes)
+        self.table = lance.latent_table(sample.latent_grids)[self.rows.to(device)]
+        self.routing = Routing.of(sample.latent_mask()[self.start : self.end]).to(device)
+        self._moves_in_target = self.moves[self.rows].to(device)
+
+        hidden = lance.embed(sample, state.to(device), self.moves.float().to(device))
+        self.ends = hidden[:, self.start], hidden[:, self.end - 1]
+        self.contexts = [self._prefill(hidden, conditional, drop_caption=False)]
+        self.positions = [conditional[:, self.start : self.end].to(device)]
+        if cfg.guidance > 1:
+            context = self._prefill(hidden, conditional, drop_caption=True)
+            self.contexts.append(context)
+            self.positions.append(unconditional[:, context.length :][:, : self.end - self.start].to(device))
+
+    def _prefill(self, hidden: torch.Tensor, positions: torch.Tensor, drop_caption: bool) -> KVCache:
+        lance, sample = self.lance, self.sample
+        cache = KVCache(lance.config, self.end, 1, lance.device, hidden.dtype)
+        latents = sample.latent_mask()
+        for start, end, mode in sample.spans():
+            if start >= self.start:
+                break
+            if drop_caption and sample.modality[start] == CAPTION:
+                continue
+            causal = mode == "causal"
+            lance.language_model.model(
+                hidden[:, start:end],
+                positions[:, start:end].to(lance.device),
+                Routing.of(latents[start:end]).to(lance.device),
+                mask=causal_mask(end - start, cache.length, lance.device) if causal else None,
+                cache=cache,
+            )
+        return cache
+
+    @torch.inference_mode()
+    def velocities(self, state: torch.Tensor, t: torch.Tensor, guided: bool) -> Velocities:
+        """state [n_vae, 48] at timestep t (0-dim) -> velocities of all rows of the target block."""
+        lance = self.lance
+        per_row = t.to(lance.device) * self._moves_in_target.float()
+        latents = lance.embed_latents(state[self.rows.to(state.device)].to(lance.device), per_row, self.table)[None]
+        block = torch.cat((self.ends[0][:, None], latents, self.ends[1][:, None]), dim=1)
+        out = []
+        for cache, positions in zip(self.contexts[: 2 if guided else 1], self.positions, strict=False):
+            hidden = lance.language_model.model(block, positions, self.routing, cache=cache, keep=False)
+            out.append(lance.llm2vae(hidden)[0, 1:-1])
+        return Velocities(out[0], out[1] if guided else None)
+
+
+class UncachedFlow:
+    """The whole sequence at every step under a block mask (Lance spec sec. 10, 13); velocities of the moving rows."""
+
+    @torch.inference_mode()
+    def __init__(self, lance: Lance, sample: Sample, state: torch.Tensor, cfg: FlowConfig):
+        self.lance, self.sample = lance, sample
+        device = lance.device
+        self.rows = sample.denoised_rows()
+        self.moves = torch.isin(sample.vae_indexes, sample.mse_indexes).to(device)
+        self.table = lance.latent_table(sample.latent_grids)
+        self.hidden = lance.embed(sample, state.to(device), self.moves.float())
+        conditional, unconditional, kept = generation_positions(
+            sample.ids, sample.grids, sample.modality, lance.config.video_token_id
+        )
+        everything = torch.arange(len(sample.ids))
+        mask = block_mask(sample.split_lens, sample.split_modes)
+        self.branches = [
+            (
+                rows.to(device),
+                positions.to(device),
+                mask[rows][:, rows].to(device),
+                Routing.of(sample.latent_mask()[rows]).to(device),
+                torch.isin(rows, sample.mse_indexes).nonzero().squeeze(1).to(device),
+            )
+            for rows, positions in ((everything, conditional), (kept, unconditional))
+        ]
+
+    @torch.inference_mode()
+    def velocities(self, state: torch.Tensor, t: torch.Tensor, guided: bool) -> Velocities:
+        lance = self.lance
+        per_row = t.to(lance.device) * self.moves.float()
+        self.hidden[0, self.sample.vae_indexes.to(lance.device)] = lance.embed_latents(
+            state.to(lance.device), per_row, self.table
+        )
+        out = []
+        for rows, positions, mask, routing, moving in self.branches[: 2 if guided else 1]:
+            hidden = lance.language_model.model(self.hidden[:, rows], positions, routing, mask=mask)
+            out.append(lance.llm2vae(hidden[0, moving]))
+        return Velocities(out[0], out[1] if guided else None)
+
+
+def start_flow(lance: Lance, sample: Sample, state: torch.Tensor, cfg: FlowConfig) -> Flow:
+    return (CachedFlow if cfg.cached else UncachedFlow)(lance, sample, state, cfg)
+
+
+def initial_state(sample: Sample, seed: int, channels: int, dtype: torch.dtype, device="cpu") -> torch.Tensor:
+    """Noise [n_vae, 48] from a seed, clean rows put in (Lance spec sec. 17). Drawn on the CPU: the same everywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    state = torch.randn(len(sample.vae_indexes), channels, generator=generator).to(dtype)
+    moves = torch.isin(sample.vae_indexes, sample.mse_indexes)
+    start = 0
+    latents = sample.clean_latents or (None,) * len(sample.latent_grids)
+    for grid, clean in zip(sample.latent_grids, latents, strict=True):
+        count = grid[0] * grid[1] * grid[2]
+        if clean is not None:
+            rows = torch.arange(start, start + count)[~moves[start : start + count]]
+            state[rows] = clean.flatten(0, 2)[rows - start].to(dtype)
+        start += count
+    return state.to(device)
+
+
+@torch.inference_mode()
+def run_flow(
+    flow: Flow,
+    state: torch.Tensor,
+    cfg: FlowConfig,
+    on_step: Callable[[int, torch.Tensor, torch.Tensor, Velocities], None] | None = None,
+) -> torch.Tensor:
+    """Euler from t = 1 to 0; returns the final state [n_vae, 48].
+
+    on_step(step, t, state, velocities) sees the state at the start of each step. The state keeps its dtype: bfloat16
+    in a bf16 model, as upstream (quirk Q6).
+    """
+    t = timesteps(cfg)
+    state = state.clone()
+    moving = torch.isin(flow.rows, flow.sample.denoised_rows()).to(state.device)
+    rows = flow.rows.to(state.device)[moving]
+    for step in range(cfg.steps):
+        velocities = flow.velocities(state, t[step], is_guided(t[step], cfg))
+        if on_step is not None:
+            on_step(step, t[step], state, velocities)
+        dt = t[step] - t[step + 1]
+        state[rows] = state[rows] - guide(velocities, cfg)[moving] * dt.to(state.device)
+    return state

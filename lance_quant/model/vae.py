@@ -1,0 +1,146 @@
+"""The Wan 2.2 VAE: `diffusers`' AutoencoderKLWan under upstream's key names (Lance spec sec. 15 and 22)."""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lance_quant.errors import LanceQuantError
+
+# Per-channel statistics of the published VAE's latents; the model works on (mean - MEAN) / STD (Lance spec sec. 15).
+LATENT_MEAN = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
+    0.157, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.123, -0.0313, -0.1649, 0.0117, 0.0723,
+    -0.2839, -0.2083, -0.052, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+)  # fmt: skip
+LATENT_STD = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.499, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
+    0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
+    0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.06, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+)  # fmt: skip
+
+# upstream -> diffusers, applied in order (Lance spec sec. 22). `{half}` is encoder or decoder.
+KEY_RULES = (
+    (r"^conv1\.", "quant_conv."),
+    (r"^conv2\.", "post_quant_conv."),
+    (r"^(encoder|decoder)\.conv1\.", r"\1.conv_in."),
+    (r"^(encoder|decoder)\.head\.0\.", r"\1.norm_out."),
+    (r"^(encoder|decoder)\.head\.2\.", r"\1.conv_out."),
+    (r"^(encoder|decoder)\.middle\.0\.", r"\1.mid_block.resnets.0."),
+    (r"^(encoder|decoder)\.middle\.1\.", r"\1.mid_block.attentions.0."),
+    (r"^(encoder|decoder)\.middle\.2\.", r"\1.mid_block.resnets.1."),
+    (r"^encoder\.downsamples\.(\d+)\.downsamples\.\d+\.(resample|time_conv)", r"encoder.down_blocks.\1.downsampler.\2"),
+    (r"^decoder\.upsamples\.(\d+)\.upsamples\.\d+\.(resample|time_conv)", r"decoder.up_blocks.\1.upsampler.\2"),
+    (r"^encoder\.downsamples\.(\d+)\.downsamples\.(\d+)\.", r"encoder.down_blocks.\1.resnets.\2."),
+    (r"^decoder\.upsamples\.(\d+)\.upsamples\.(\d+)\.", r"decoder.up_blocks.\1.resnets.\2."),
+    (r"\.residual\.0\.", ".norm1."),
+    (r"\.residual\.2\.", ".conv1."),
+    (r"\.residual\.3\.", ".norm2."),
+    (r"\.residual\.6\.", ".conv2."),
+    (r"\.shortcut\.", ".conv_shortcut."),
+)
+
+
+def diffusers_key(key: str) -> str:
+    """Upstream's name of a VAE tensor -> diffusers'."""
+    for pattern, replacement in KEY_RULES:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def build_vae(base: int, decoder_base: int, latent_channels: int = 48) -> nn.Module:
+    """AutoencoderKLWan of the Wan 2.2 shape: 16x in space, 4x in time, causal; random weights."""
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(
+        base_dim=base,
+        decoder_base_dim=decoder_base,
+        z_dim=latent_channels,
+        dim_mult=[1, 2, 4, 4],
+        num_res_blocks=2,
+        attn_scales=[],
+        temperal_downsample=[False, True, True],
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_temporal=4,
+        scale_factor_spatial=16,
+        latents_mean=list(LATENT_MEAN),
+        latents_std=list(LATENT_STD),
+    )
+
+
+class WanVAE(nn.Module):
+    """Pixels <-> normalised latents, channels last.
+
+    Encoding takes the posterior mean: upstream samples in a space that it does not rescale (quirk Q9).
+    """
+
+    def __init__(self, autoencoder: nn.Module):
+        super().__init__()
+        self.autoencoder = autoencoder.eval().requires_grad_(False)
+        # constants, not state: a cast of the module must not round them
+        self._mean = torch.tensor(LATENT_MEAN).view(1, -1, 1, 1, 1)
+        self._std = torch.tensor(LATENT_STD).view(1, -1, 1, 1, 1)
+
+    @property
+    def _place(self) -> dict:
+        weight = self.autoencoder.quant_conv.weight
+        return {"device": weight.device, "dtype": weight.dtype}
+
+    @torch.inference_mode()
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """pixels [3, T, H, W] in [-1, 1], H and W multiples of 16 -> float32 [t, h, w, 48], t = 1 + (T - 1) // 4."""
+        mean = self.autoencoder.encode(pixels[None].to(**self._place)).latent_dist.mean.float()
+        latents = (mean - self._mean.to(mean.device)) / self._std.to(mean.device)
+        return latents[0].permute(1, 2, 3, 0)
+
+    @torch.inference_mode()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """latents [t, h, w, 48] -> float32 pixels [3, 1 + 4 * (t - 1), 16 h, 16 w], clamped to [-1, 1]."""
+        z = latents.permute(3, 0, 1, 2)[None].float()
+        z = z * self._std.to(z.device) + self._mean.to(z.device)
+        return self.autoencoder.decode(z.to(**self._place)).sample[0].float().clamp(-1, 1)
+
+
+def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
+    """[3, T, H, W] in [-1, 1] -> uint8 [T, H, W, 3] (Lance spec sec. 15)."""
+    return ((pixels / 2 + 0.5) * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0)
+
+
+def read_vae_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of `Wan2.2_VAE.pth` (read with weights_only) or of a `.safetensors` file with the same key names."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        from lance_quant.checkpoint.reader import TensorReader
+
+        with TensorReader(path) as reader:
+            return {name: reader.read(name) for name in reader.names()}
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch names many: unpickling, zip, runtime
+        reason = str(error).splitlines()[0]
+        raise LanceQuantError(f"{path} is not a plain state dict of the VAE ({reason}): fetch the file again") from None
+
+
+def load_vae(path: Path, device="cpu", dtype: torch.dtype = torch.float32) -> WanVAE:
+    """Read a VAE file strictly, its widths from its tensors. LanceQuantError where keys or shapes differ."""
+    tensors = read_vae_tensors(path)
+    try:
+        base = tensors["encoder.conv1.weight"].shape[0]
+        decoder_base = tensors["decoder.head.2.weight"].shape[1]
+        latent_channels = tensors["conv2.weight"].shape[0]
+    except KeyError as error:
+        raise LanceQuantError(f"{path} lacks the tensor {error}: it is not a Wan 2.2 VAE") from None
+    with torch.device("meta"):
+        autoencoder = build_vae(base, decoder_base, latent_channels)
+    state = {diffusers_key(name): tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
+    try:
+        autoencoder.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise LanceQuantError(f"{path} does not fit the Wan 2.2 VAE: {str(error).splitlines()[1].strip()}") from None
+    return WanVAE(autoencoder)
