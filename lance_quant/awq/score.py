@@ -1,0 +1,136 @@
+"""What a scale costs: the error in what a fold's consumers put out. One class for each `RecipeConfig.scoring`.
+
+`Evidence` is what calibration knows of one layer; a score is built once for a fold and then called with each scale.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lance_quant.awq.grid import Grid, published_trial, quantize
+from lance_quant.awq.topology import ResolvedFold
+from lance_quant.calibration.activations import SiteActivations
+from lance_quant.checkpoint.layout import Target
+
+PUBLISHED_SEED = 0xC0DE
+PUBLISHED_ROWS = 512
+ROW_BLOCK = 1024  # rows whose outputs are held at once
+TINY = 1e-30  # in place of an output energy of zero
+
+
+@dataclass(frozen=True)
+class SiteRows:
+    """Captured inputs of one site: rows float32 [n, I] on the device; task int64 [n], each row's, 0..tasks-1."""
+
+    rows: Tensor
+    task: Tensor
+    tasks: int
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """mean_abs: linear name -> mean |x| float32 [I], absent where no token came; rows: (path, site) -> SiteRows."""
+
+    mean_abs: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[tuple[str, str], SiteRows] = field(default_factory=dict)
+
+    def rows_of(self, target: Target) -> SiteRows | None:
+        return self.rows.get((target.path, target.site))
+
+
+def evidence(
+    sites: dict[tuple[str, str], SiteActivations], targets: list[Target], by_token: bool, device: str
+) -> Evidence:
+    """From a layer's capture. Mean |x| over the tasks counts each token alike (`by_token`) or each task alike."""
+    mean_abs, rows = {}, {}
+    for key, site in sites.items():
+        seen = [task for task in site.tasks if site.tokens[task] > 0]
+        if not seen:
+            continue
+        weights = [site.tokens[task] if by_token else 1 for task in seen]
+        total = sum(site.mean_abs[task].double() * weight for task, weight in zip(seen, weights, strict=True))
+        mean = (total / sum(weights)).float().to(device)
+        mean_abs |= {target.name: mean for target in targets if (target.path, target.site) == key}
+        if len(site.rows):
+            index = {task: i for i, task in enumerate(dict.fromkeys(site.row_tasks))}
+            task = torch.tensor([index[name] for name in site.row_tasks], device=device)
+            rows[key] = SiteRows(site.rows.to(device).float(), task, len(index))
+    return Evidence(mean_abs, rows)
+
+
+class OutputError:
+    """Relative squared error in one linear's outputs under a change of its weight, the mean over tasks.
+
+    Each task's error is taken relative to the energy of the task's own outputs, so that a task with more rows or larger
+    activations counts no more than another.
+    """
+
+    def __init__(self, weight: Tensor, site: SiteRows):
+        per_row = torch.cat([(block @ weight.T).square().sum(-1) for block in site.rows.split(ROW_BLOCK)]).double()
+        # one sum a task: index_add_ adds in no fixed order on a GPU
+        energy = torch.stack([per_row[site.task == task].sum() for task in range(site.tasks)])
+        share = 1 / (site.tasks * energy.clamp(min=TINY))
+        self._rows = site.rows * share[site.task].sqrt().float()[:, None]
+        # more rows than channels: their second moments say the same in fewer products
+        self._moments = self._rows.T @ self._rows if len(self._rows) > weight.shape[1] else None
+
+    def __call__(self, change: Tensor) -> float:
+        """change: float32 [O, I], what is added to the weight."""
+        if self._moments is not None:
+            return ((change @ self._moments) * change).sum(dtype=torch.float64).clamp(min=0).item()
+        blocks = self._rows.split(ROW_BLOCK)
+        return sum((block @ change.T).square().sum(dtype=torch.float64).item() for block in blocks)
+
+
+class CapturedScore:
+    """Sum over the consumers of `OutputError` on captured rows, rounded just as they will be packed."""
+
+    def __init__(self, fold: ResolvedFold, tensors: dict[str, Tensor], known: Evidence, grid: Grid):
+        self._fold, self._grid = fold, grid
+        self._weights = [tensors[f"{target.name}.weight"] for target in fold.consumers]
+        sites = [known.rows_of(target) for target in fold.consumers]
+        self._errors = [
+            site and OutputError(weight, site) for weight, site in zip(self._weights, sites, strict=True)
+        ]
+
+    def __call__(self, scale: Tensor) -> float:
+        columns = self._fold.widen(scale)
+        return sum(
+            error(quantize(weight * columns, self._grid).dequantize() / columns - weight)
+            for weight, error in zip(self._weights, self._errors, strict=True)
+            if error
+        )
+
+
+class SyntheticScore:
+    """The published score: mean squared error on 512 Gaussian rows at the captured mean |x|, the same draw every time.
+
+    The draw is that of `torch.manual_seed(0xC0DE)` on the device, from a generator of its own.
+    """
+
+    def __init__(self, fold: ResolvedFold, tensors: dict[str, Tensor], known: Evidence, grid: Grid):
+        self._fold, self._grid = fold, grid
+        self._weights = [tensors[f"{target.name}.weight"] for target in fold.consumers]
+        size = mean_activation(fold, known)
+        generator = torch.Generator(size.device).manual_seed(PUBLISHED_SEED)
+        noise = torch.randn(PUBLISHED_ROWS, len(size), generator=generator, device=size.device)
+        self._rows = noise * size
+        self._outputs = [self._rows @ weight.T for weight in self._weights]
+
+    def __call__(self, scale: Tensor) -> float:
+        columns = self._fold.widen(scale)
+        rows = self._rows / columns
+        return sum(
+            (rows @ published_trial(weight * columns, self._grid).T - output).square().mean().item()
+            for weight, output in zip(self._weights, self._outputs, strict=True)
+        )
+
+
+SCORES = {"captured": CapturedScore, "synthetic": SyntheticScore}
+
+
+def mean_activation(fold: ResolvedFold, known: Evidence) -> Tensor:
+    """Mean |x| per consumer column, the mean over the consumers that have statistics, at least 1e-5."""
+    seen = [known.mean_abs[target.name] for target in fold.consumers if target.name in known.mean_abs]
+    return torch.stack(seen).mean(0).clamp(min=1e-5)

@@ -1,0 +1,91 @@
+"""The capture artifact, read back with pandas or `read_layer`; its Parquet schema is written down here.
+
+    statistics/path=und/layer=3/part.parquet   task, site, channel, mean_abs, mean_sq, max_abs (float32)
+    coverage.parquet                           task, path, layer, site, tokens
+    rows/path=und/layer=3/part.parquet         task, site, sample, timestep (NaN: none), row (list of uint16)
+    sequences.parquet                          sequence, task, timestep, token, t, h, w, split, mode, expert
+    hidden/layer=3/part.parquet                sequence, token, state (list of uint16)
+
+A row or state is bfloat16 bit patterns: `numpy.uint32(row) << 16` viewed as float32 gives the values back (float16
+would overflow). Sites are the inputs that linears share: qkv, o, gate_up, down.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from lance_quant.checkpoint.layout import PATHS, SITES
+from lance_quant.errors import LanceQuantError
+
+STATISTICS = ("mean_abs", "mean_sq", "max_abs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteActivations:
+    """What one input site of one layer and path saw, apart by task.
+
+    tokens: task -> count; mean_abs, mean_sq, max_abs: task -> float32 [I]; rows: bfloat16 [n, I] with row_tasks [n] and
+    row_timesteps float32 [n] (NaN where the task has none).
+    """
+
+    tasks: list[str]
+    tokens: dict[str, int]
+    mean_abs: dict[str, torch.Tensor]
+    mean_sq: dict[str, torch.Tensor]
+    max_abs: dict[str, torch.Tensor]
+    rows: torch.Tensor
+    row_tasks: list[str]
+    row_timesteps: torch.Tensor
+
+
+def layer_file(folder: Path, kind: str, path: str, layer: int) -> Path:
+    return Path(folder) / kind / f"path={path}" / f"layer={layer}" / "part.parquet"
+
+
+def bit_patterns(rows: Sequence[torch.Tensor]) -> pa.Array:
+    """Equally long or different bfloat16 vectors -> list<uint16> array."""
+    offsets = np.concatenate(([0], np.cumsum([row.numel() for row in rows]))).astype(np.int32)
+    flat = torch.cat([row.flatten() for row in rows]).view(torch.int16).numpy().view(np.uint16) if rows else []
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, type=pa.uint16()))
+
+
+def from_bit_patterns(column: pa.ChunkedArray) -> torch.Tensor:
+    """list<uint16> of equal lengths -> bfloat16 [n, I]."""
+    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return torch.from_numpy(flat.view(np.int16).copy()).view(torch.bfloat16).view(len(column), -1)
+
+
+def read_layer(folder: Path, layer: int) -> dict[tuple[str, str], SiteActivations]:
+    """(path, site) -> activations of a layer. Raises LanceQuantError where the folder holds no such layer."""
+    coverage = pq.read_table(Path(folder) / "coverage.parquet").to_pandas()
+    coverage = coverage[coverage.layer == layer]
+    if coverage.empty:
+        raise LanceQuantError(f"the capture in {folder} has no layer {layer}: it belongs to another checkpoint")
+    return {(path, site): _site(folder, coverage, path, layer, site) for path in PATHS for site in SITES}
+
+
+def _site(folder: Path, coverage, path: str, layer: int, site: str) -> SiteActivations:
+    seen = coverage[(coverage.path == path) & (coverage.site == site)]
+    tokens = {row.task: int(row.tokens) for row in seen.itertuples()}
+    tasks = [task for task in tokens if tokens[task]]
+    only = [("site", "=", site)]
+    statistics = pq.read_table(layer_file(folder, "statistics", path, layer), filters=only, partitioning=None)
+    rows = pq.read_table(layer_file(folder, "rows", path, layer), filters=only, partitioning=None)
+    by_task = {task: table for task, table in statistics.to_pandas().groupby("task")}
+    values = {
+        name: {task: torch.tensor(by_task[task][name].to_numpy(), dtype=torch.float32) for task in tasks}
+        for name in STATISTICS
+    }
+    return SiteActivations(
+        tasks=tasks,
+        tokens=tokens,
+        **values,
+        rows=from_bit_patterns(rows["row"]) if len(rows) else torch.empty(0, 0, dtype=torch.bfloat16),
+        row_tasks=rows["task"].to_pylist(),
+        row_timesteps=torch.tensor(rows["timestep"].to_pylist(), dtype=torch.float32),
+    )

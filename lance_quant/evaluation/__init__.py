@@ -1,0 +1,1 @@
+"""How close the 4-bit model comes to bf16: baseline, comparison, metrics, report."""

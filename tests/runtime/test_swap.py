@@ -1,0 +1,163 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lance_quant.awq.config import RecipeConfig
+from lance_quant.awq.pack import PackJob, pack
+from lance_quant.awq.search import LayerJob, search_layer
+from lance_quant.checkpoint.fill import fill
+from lance_quant.checkpoint.layout import POSITION_TABLE, targets
+from lance_quant.errors import LanceQuantError
+from lance_quant.model.lance import Lance
+from lance_quant.runtime.int4_linear import Int4Linear
+from lance_quant.runtime.packed import PackedFolder
+from lance_quant.runtime.swap import load_packed, swap_linears
+from tests.random_layers import random_checkpoint, small_config
+
+CONFIG = small_config()
+MINMAX = RecipeConfig(name="minmax", scoring="none", folds=[])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(model file, packed folder) of one random layer, with a position table that readers ignore."""
+    root = tmp_path_factory.mktemp("packed")
+    checkpoint = random_checkpoint(root / "model", CONFIG)
+    tensors = load_file(checkpoint.model_file) | {POSITION_TABLE: torch.zeros(16, 64)}
+    save_file(tensors, checkpoint.model_file)
+    layer, out = root / "layer", root / "packed"
+    layer.mkdir(), out.mkdir()
+    search_layer(
+        LayerJob(checkpoint=checkpoint, layer=0, capture=None, recipe=MINMAX, group_size=16, bits=4), layer, "cpu"
+    )
+    job = PackJob(checkpoint=checkpoint, layers=[layer], recipe=MINMAX, group_size=16, bits=4, tasks_calibrated=[])
+    pack(job, out)
+    return checkpoint.model_file, out
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    return shutil.copytree(made[1], tmp_path / "packed")
+
+
+def empty_lance() -> Lance:
+    with torch.device("meta"):
+        return Lance(CONFIG, None)
+
+
+def edit(folder, change):
+    tensors = load_file(folder / "awq_state_dict.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "awq_state_dict.safetensors")
+
+
+def test_a_meta_model_is_filled_whole(made):
+    lance = empty_lance()
+    load_packed(lance, made[1])
+    packed = load_file(made[1] / "awq_state_dict.safetensors")
+    state = lance.state_dict()
+    assert set(state) == set(packed) - {POSITION_TABLE}
+    for key, tensor in state.items():
+        assert tensor.dtype == packed[key].dtype and torch.equal(tensor, packed[key]), key
+    assert sum(isinstance(module, Int4Linear) for module in lance.modules()) == len(targets(CONFIG)) == 14
+
+
+def test_a_filled_model_becomes_the_same(made):
+    lance = empty_lance()
+    fill(lance, made[0], "cpu", torch.bfloat16)
+    load_packed(lance, made[1])
+    fresh = empty_lance()
+    load_packed(fresh, made[1])
+    for (key, one), (other_key, other) in zip(lance.state_dict().items(), fresh.state_dict().items(), strict=True):
+        assert key == other_key and torch.equal(one, other)
+
+
+def test_swapped_linears_compute_what_was_packed(made):
+    lance = empty_lance()
+    fill(lance, made[0], "cpu", torch.float32)
+    name = "language_model.model.layers.0.mlp_moe_gen.gate_proj"
+    x = torch.randn(4, 64)
+    exact = lance.get_submodule(name)(x)
+    with PackedFolder(made[1]) as packed:
+        swap_linears(lance, packed)
+    close = lance.get_submodule(name)(x)
+    assert 0 < (close - exact).norm() / exact.norm() < 0.15
+
+
+def test_elsewhere_leaves_a_prefix_alone(folder):
+    def drop_adapters(tensors):
+        del tensors["vae2llm.weight"], tensors["vae2llm.bias"]
+
+    edit(folder, drop_adapters)
+    with pytest.raises(LanceQuantError, match="lacks tensor 'vae2llm.weight'"):
+        load_packed(empty_lance(), folder)
+    lance = empty_lance()
+    load_packed(lance, folder, elsewhere=("vae2llm.",))
+    assert lance.vae2llm.weight.is_meta and not lance.llm2vae.weight.is_meta
+
+
+Q = "language_model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop(f"{Q}.scales"), f"lacks '{Q}.scales', which awq_meta.json announces"),
+        (lambda t: t.update({f"{Q}.zeros": t[f"{Q}.zeros"][:, 1:].clone()}), rf"'{Q}.zeros' is U8 \[64, 3\], but"),
+        (lambda t: t.update({f"{Q}.scales": t[f"{Q}.scales"].float()}), f"'{Q}.scales' is F32"),
+        (lambda t: t.pop(f"{Q}.bias"), f"'{Q}.bias' is missing"),
+        (lambda t: t.update({"llm2vae.weight": torch.zeros(1, 1)}), r"'llm2vae.weight' is \[1, 1\]"),
+        (lambda t: t.update({"connector.weight": torch.zeros(1)}), "unknown tensor 'connector.weight'"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(folder, change, said):
+    edit(folder, change)
+    with pytest.raises(LanceQuantError, match=said):
+        load_packed(empty_lance(), folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m: m.pop("per_weight"), "per_weight is not as the native layout has it"),
+        (lambda m: m["per_weight"][f"{Q}.weight"].update(group_size=48), f"{Q} has n_bit 4 and group_size 48"),
+        (lambda m: m["per_weight"][f"{Q}.weight"].update(n_bit=5), f"{Q} has n_bit 5"),
+        (lambda m: m["per_weight"][f"{Q}.weight"].update(shape=[64, 32]), rf"'{Q}.qweight' is U8 \[64, 32\]"),
+        (lambda m: m["per_weight"].update({"odd.weight": m["per_weight"][f"{Q}.weight"]}), "lacks 'odd.qweight'"),
+    ],
+)
+def test_a_meta_file_that_does_not_fit_is_named(folder, change, said):
+    meta = json.loads((folder / "awq_meta.json").read_text())
+    change(meta)
+    (folder / "awq_meta.json").write_text(json.dumps(meta))
+    with pytest.raises(LanceQuantError, match=said):
+        load_packed(empty_lance(), folder)
+
+
+def test_a_folder_of_another_model_is_refused(made):
+    other = empty_lance()
+    other.language_model.model.layers[0].self_attn.k_proj = torch.nn.Linear(64, 8)
+    with pytest.raises(LanceQuantError, match=r"k_proj' is \[32, 64\], but the model's linear is \[8, 64\]"):
+        load_packed(other, made[1])
+    del other.language_model.model.layers[0].self_attn.k_proj
+    with pytest.raises(LanceQuantError, match="quantizes '.*k_proj', which the model lacks"):
+        load_packed(other, made[1])
+    twice = empty_lance()
+    load_packed(twice, made[1])
+    with pytest.raises(LanceQuantError, match="is a Int4Linear, not a linear: swap it only once"):
+        load_packed(twice, made[1])
+
+
+def test_files_that_are_missing_or_broken(folder, tmp_path):
+    with pytest.raises(LanceQuantError, match="awq_meta.json is missing"):
+        PackedFolder(tmp_path)
+    data = (folder / "awq_state_dict.safetensors").read_bytes()
+    (folder / "awq_state_dict.safetensors").write_bytes(data[:-100])
+    with pytest.raises(LanceQuantError, match="awq_state_dict.safetensors is truncated"):
+        PackedFolder(folder)
+    (folder / "awq_meta.json").write_text("{")
+    with pytest.raises(LanceQuantError, match="not JSON"):
+        PackedFolder(folder)
