@@ -2,7 +2,7 @@
 
     text_scores("three red circles", "three red squares").levenshtein
 
-The only normalisation is `strip()`: case, punctuation and inner spaces count.
+The only normalisation is `strip()`: case (Jaccard aside), punctuation and inner spaces count, as published.
 """
 
 from dataclasses import dataclass
@@ -28,11 +28,11 @@ def text_scores(reference: str, answer: str) -> TextScores:
     levenshtein: 1 - character edit distance / length of the longer text.
     difflib: `SequenceMatcher(None, reference, answer).ratio()`, Python's defaults (its heuristic for frequent
         characters sets in at 200 characters, and the ratio depends on the order of the two texts).
-    jaccard: shared / all distinct words, split at whitespace.
+    jaccard: shared / all distinct words in lower case, split at whitespace.
     Two empty texts score 1.0 everywhere.
     """
     a, b = reference.strip(), answer.strip()
-    words_a, words_b = set(a.split()), set(b.split())
+    words_a, words_b = set(a.lower().split()), set(b.lower().split())
     return TextScores(
         exact=float(a == b),
         levenshtein=Levenshtein.normalized_similarity(a, b),

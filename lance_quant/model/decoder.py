@@ -63,7 +63,9 @@ class Attention(nn.Module):
         q, k = rotate(q, *call.rotary).to(v.dtype), rotate(k, *call.rotary).to(v.dtype)
         if call.cache is not None:
             k, v = call.cache.write(self.layer, k, v)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=call.mask, enable_gqa=True)
+        if call.mask is not None:  # no fused kernel takes a mask and grouped heads together
+            k, v = (part.repeat_interleave(self.heads // self.kv_heads, dim=1) for part in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=call.mask, enable_gqa=call.mask is None)
         out = call.routing.split(out.transpose(1, 2).flatten(2))
         return Twin(self.o_proj(out.und), None if out.gen is None else self.o_proj_moe_gen(out.gen))
 

@@ -48,8 +48,8 @@ class Lance(nn.Module):
         for grid in grids:
             if max(grid[1:]) > self.config.max_latent_size:
                 raise LanceQuantError(
-                    f"a latent grid of {grid[1]} x {grid[2]} is larger than this model's "
-                    f"{self.config.max_latent_size} a side: draw at most {16 * self.config.max_latent_size} pixels a side"
+                    f"a latent grid of {grid[1]} x {grid[2]} is beyond this model's {self.config.max_latent_size} a side: "
+                    f"draw at most {16 * self.config.max_latent_size} pixels a side"
                 )
         rows = [latent_positions(grid, self.config.hidden_size) for grid in grids]
         return torch.cat(rows).to(self.device, self.dtype)

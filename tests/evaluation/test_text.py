@@ -25,4 +25,4 @@ def test_values_by_hand():
 
 
 def test_repeated_words_count_once():
-    assert text_scores("red red blue", "red blue").jaccard == 1
+    assert text_scores("Red red blue", "red BLUE").jaccard == 1

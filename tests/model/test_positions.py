@@ -20,7 +20,7 @@ def test_latent_positions_are_the_published_table():
 def test_a_grid_beyond_the_table_is_refused():
     from tests.golden_cases import golden_lance
 
-    with pytest.raises(LanceQuantError, match="larger than this model"):
+    with pytest.raises(LanceQuantError, match="beyond this model"):
         golden_lance("f32").latent_table([(1, 4, 21)])
 
 

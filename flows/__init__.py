@@ -1,0 +1,1 @@
+"""One file a command: parse the settings, chain the tasks, no arithmetic."""

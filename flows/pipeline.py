@@ -1,0 +1,86 @@
+"""The pipeline as a Prefect flow: it reads from top to bottom as the diagram in README.md.
+
+Import it after `flows.server.prepare()`: Prefect reads its environment once.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefect import flow
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from lance_quant.errors import LanceQuantError
+from tasks.capture import capture, require_coverage
+from tasks.config import RunConfig
+from tasks.evaluate import baseline, evaluate
+from tasks.load import load
+from tasks.pack import pack
+from tasks.report import MODEL, Measured, report
+from tasks.search import every_layer, search
+from tasks.stage import Devices
+from tasks.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run leaves for the user."""
+
+    html: Path
+    model: Path
+    headline: str
+    metrics: dict
+
+
+@flow(name="full-run", persist_result=False)
+def full_run(cfg: RunConfig) -> Outcome:
+    """Load, capture, search, pack, evaluate, report."""
+    devices = Devices.of(cfg.runner)
+
+    loaded = load.submit(cfg)
+    captured = capture.submit(cfg, loaded, devices)
+    require_coverage(cfg, captured.result())
+
+    layers = range(loaded.result().summary["layers"])
+    searched = [search.submit(cfg, layer, loaded, captured, devices) for layer in layers]
+    reference = baseline.submit(cfg, loaded, devices)
+    every_layer(searched)
+    packed = pack.submit(cfg, loaded, searched)
+
+    scored = evaluate.submit(cfg, loaded, packed, reference, devices)
+    measured = Measured(
+        loaded=loaded, captured=captured, searched=searched, packed=packed, reference=reference, scored=scored
+    )
+    written = report.submit(cfg, measured).result()
+    return Outcome(
+        html=written.path / written.summary["html"],
+        model=written.path / MODEL,
+        headline=written.summary["headline"],
+        metrics=scored.result().summary["metrics"],
+    )
+
+
+def run(cfg: RunConfig) -> Outcome:
+    """The flow with as many threads as units of work at a time, for the command and the deployment alike."""
+    hush_bad_input()
+    Store(cfg.artifacts).sweep()
+    workers = len(Devices.of(cfg.runner).names)
+    return full_run.with_options(task_runner=ThreadPoolTaskRunner(max_workers=workers))(cfg)
+
+
+class OneSentence(logging.Filter):
+    """Bad input is logged as its sentence; Prefect would add a traceback."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, LanceQuantError):
+            record.msg, record.args, record.exc_info = str(error), (), None
+        return True
+
+
+def hush_bad_input() -> None:
+    """Install `OneSentence` where Prefect logs what flows and tasks raise."""
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logger = logging.getLogger(name)
+        if not any(isinstance(known, OneSentence) for known in logger.filters):
+            logger.addFilter(OneSentence())

@@ -1,0 +1,84 @@
+"""Train the checkpoint that ships, from a seed: the VAE, then vision tower and decoder, then the held-out bars.
+
+    python -m flows.train_tiny                                    # one GPU, about 25 minutes
+    python -m flows.train_tiny device=cpu vae_minutes=120 lance_minutes=600 lance.batch=32 lance.draw_batch=32
+
+The same command goes on where a run was stopped. Without Prefect and Hydra: python -m lance_quant.tiny
+stage=vae|lance|measure.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from flows import server
+from flows.command import one_sentence, run_command
+from lance_quant.errors import LanceQuantError
+from lance_quant.tiny.recipes import AutoencoderRecipe, LanceRecipe, MeasureRecipe
+from tasks.config import CONF
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Where, on what and how long to train, and the recipe of every stage."""
+
+    out: str = "artifacts/train_tiny"
+    device: str = "auto"
+    vae_minutes: float = 5.0
+    lance_minutes: float = 18.0
+    graph: bool = True
+    vae: AutoencoderRecipe = field(default_factory=AutoencoderRecipe)
+    lance: LanceRecipe = field(default_factory=LanceRecipe)
+    measure: MeasureRecipe = field(default_factory=MeasureRecipe)
+
+    def __post_init__(self) -> None:
+        if min(self.vae_minutes, self.lance_minutes) <= 0:
+            raise LanceQuantError("vae_minutes and lance_minutes must be above 0")
+
+
+def resolve(composed: DictConfig) -> TrainConfig:
+    """The typed config; unknown keys and wrong types raise."""
+    plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), plain))
+
+
+def train(cfg: TrainConfig) -> None:
+    """The stages as Prefect tasks. Each keeps its own state in `out`, so that a stopped one goes on."""
+    from prefect import flow, task
+
+    from lance_quant.tiny.stages import choose_device, run_stage
+
+    out, device = Path(cfg.out), choose_device(cfg.device)
+
+    def stage(name: str, recipe, minutes: float) -> None:
+        task(run_stage, name=name, persist_result=False)(
+            name, recipe, out=out, minutes=minutes, total_minutes=minutes, device=device, graph=cfg.graph
+        )
+
+    @flow(name="train-tiny", persist_result=False)
+    def train_tiny() -> None:
+        stage("vae", cfg.vae, cfg.vae_minutes)
+        stage("lance", cfg.lance, cfg.lance_minutes)
+        stage("measure", cfg.measure, 0.0)
+
+    train_tiny()
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="train_tiny")
+def main(composed: DictConfig) -> None:
+    with one_sentence():
+        cfg = resolve(composed)
+        server.prepare()
+        child = server.start(Path(HydraConfig.get().runtime.output_dir) / "server.log")
+        if child:
+            child.wait()
+        train(cfg)
+
+
+if __name__ == "__main__":
+    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+    run_command(main)

@@ -1,0 +1,32 @@
+"""The three stages by name: what `python -m lance_quant.tiny` and `python -m flows.train_tiny` both run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lance_quant.tiny.recipes import AutoencoderRecipe, LanceRecipe, MeasureRecipe
+
+RECIPES = {"vae": AutoencoderRecipe, "lance": LanceRecipe, "measure": MeasureRecipe}
+
+
+def choose_device(name: str) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def run_stage(stage: str, recipe, *, out: Path, minutes: float, total_minutes: float, device: str, graph: bool) -> None:
+    """Run one stage for at most `minutes`, its schedule laid over `total_minutes`."""
+    import torch
+
+    from lance_quant.tiny.autoencoder import train_vae
+    from lance_quant.tiny.measure import run_measure
+    from lance_quant.tiny.training import train_lance
+
+    out.mkdir(parents=True, exist_ok=True)
+    torch.set_float32_matmul_precision("high")
+    if stage == "measure":
+        run_measure(recipe, out=out, device=device)
+        return
+    train = {"vae": train_vae, "lance": train_lance}[stage]
+    train(recipe, out=out, minutes=minutes, total_minutes=total_minutes, device=device, graph=graph)

@@ -1,0 +1,78 @@
+"""search: one layer (both paths) -> its codes, scales, folded norms and loss curves. One task run a layer."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import PrefectFuture
+
+from lance_quant.checkpoint.layout import open_checkpoint
+from lance_quant.errors import LanceQuantError
+from tasks.config import RunConfig, read_fields
+from tasks.stage import Devices, Stopped, as_state
+from tasks.store import Artifact, Identity, Store
+
+REVISION = 1
+
+
+def may_pass(task: Any, run: Any, state: Any) -> bool:
+    """Try again after a fault of a device, not after bad input or a request to stop."""
+    return not isinstance(state.result(raise_on_failure=False), LanceQuantError | Stopped)
+
+
+@task(
+    cache_policy=NO_CACHE,
+    task_run_name="search-{layer}",
+    retries=1,
+    retry_delay_seconds=1,
+    retry_condition_fn=may_pass,
+)
+def search(cfg: RunConfig, layer: int, loaded: Artifact, captured: Artifact, devices: Devices) -> Artifact:
+    """A recipe that looks at no activations is not tied to a capture."""
+    from_capture = cfg.recipe.needs_capture
+    identity = Identity(
+        stage="search",
+        revision=REVISION,
+        upstream={"load": loaded.key} | ({"capture": captured.key} if from_capture else {}),
+        config={"layer": layer, "recipe": read_fields(cfg.recipe), "group_size": cfg.group_size}
+        | {"bits": cfg.bits, "seed": cfg.seed},
+    )
+
+    def build(out: Path) -> dict:
+        from lance_quant.awq import search as library
+
+        with devices.lease() as device:
+            job = library.LayerJob(
+                checkpoint=open_checkpoint(cfg.checkpoint),
+                layer=layer,
+                capture=captured.path if from_capture else None,
+                recipe=cfg.recipe,
+                group_size=cfg.group_size,
+                bits=cfg.bits,
+                seed=cfg.seed,
+            )
+            return asdict(library.search_layer(job, out, device))
+
+    return as_state(Store(cfg.artifacts).keep(identity, build))
+
+
+class LayersFailed(LanceQuantError):
+    """Some layers of the search failed; the others are kept."""
+
+
+def every_layer(futures: Sequence[PrefectFuture]) -> list[Artifact]:
+    """Wait for all layers, then raise once for those that failed."""
+    for future in futures:
+        future.wait()
+    results = [future.result(raise_on_failure=False) for future in futures]
+    failed = {layer: result for layer, result in enumerate(results) if isinstance(result, BaseException)}
+    if failed:
+        first = next(iter(failed.values()))
+        raise LayersFailed(
+            f"search failed in {'layers' if len(failed) > 1 else 'layer'} {', '.join(map(str, failed))} of "
+            f"{len(results)} ({type(first).__name__}: {first}): the others are kept, the same command tries these again"
+        )
+    return results

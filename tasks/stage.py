@@ -1,0 +1,91 @@
+"""What the six stages share: the Cached state, devices on lease, progress lines, a stop between two units of work."""
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Iterator
+
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
+
+from tasks.config import RunnerConfig
+from tasks.store import Artifact, Kept
+
+POLL_SECONDS = 0.2
+PROGRESS_LINES = 10
+SECONDS_BETWEEN_LINES = 2.0
+
+log = logging.getLogger("lance_quant")
+stop = threading.Event()
+
+
+class Stopped(Exception):
+    """The run was interrupted; this unit of work ends here and leaves nothing behind."""
+
+
+def as_state(kept: Kept) -> Artifact | State:
+    """What a task returns: the artifact built, or for one that was found a state that Prefect shows as Cached."""
+    artifact = kept.artifact
+    if not kept.cached:
+        return artifact
+    return Completed(name="Cached", message=f"{artifact.stage}/{artifact.key}", data=artifact)
+
+
+class Devices:
+    """Device names on lease: as many units of work at a time as there are entries."""
+
+    def __init__(self, names: list[str]):
+        self.names = names
+        self._free: queue.Queue[str] = queue.Queue()
+        for name in names:
+            self._free.put(name)
+
+    @classmethod
+    def of(cls, runner: RunnerConfig) -> "Devices":
+        """Resolve `auto`, and repeat the devices in turn up to `workers` entries."""
+        names = _found() if runner.devices == "auto" else list(runner.devices)
+        return cls([names[i % len(names)] for i in range(runner.workers or len(names))])
+
+    @contextlib.contextmanager
+    def lease(self) -> Iterator[str]:
+        name = self._take()
+        try:
+            yield name
+        finally:
+            self._free.put(name)
+
+    def _take(self) -> str:
+        while True:
+            halt()
+            with contextlib.suppress(queue.Empty):
+                return self._free.get(timeout=POLL_SECONDS)
+
+
+def _found() -> list[str]:
+    import torch
+
+    return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+
+
+def halt() -> None:
+    """Raise `Stopped` once the run was asked to stop."""
+    if stop.is_set():
+        raise Stopped("stopped on request")
+
+
+class Progress:
+    """`progress(done, total, what)` for the library: at most ten lines a stage, and the place where a stage stops."""
+
+    def __init__(self, stage: str):
+        self.stage = stage
+        self._told = 0
+        self._next = time.monotonic() + SECONDS_BETWEEN_LINES
+
+    def __call__(self, done: int, total: int, what: str = "") -> None:
+        halt()
+        tenth = PROGRESS_LINES * done // max(total, 1)
+        if tenth > self._told and time.monotonic() >= self._next:
+            self._told, self._next = tenth, time.monotonic() + SECONDS_BETWEEN_LINES
+            log.info("%s: %d of %d %s", self.stage, done, total, what)

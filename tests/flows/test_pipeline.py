@@ -1,0 +1,122 @@
+"""The flow over stand-ins, against a running server: what is done, what shows as Cached, what a fault leaves."""
+
+import pytest
+
+from lance_quant.errors import LanceQuantError
+from tests.flows.stand_ins import LAYERS, SCORE
+
+SEARCHES = [f"search-{layer}" for layer in range(LAYERS)]
+EVERYTHING = {"capture", "pack", "baseline", "evaluate", "report", *SEARCHES}
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+def run(cfg):
+    from flows.pipeline import run
+
+    return run(cfg)
+
+
+def states() -> dict[str, str]:
+    """Task run name (without Prefect's random ending) -> state name, of the newest flow run."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    with get_client(sync_client=True) as client:
+        (newest,) = client.read_flow_runs(sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=1)
+        runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id={"any_": [newest.id]}))
+    names = {run.name if run.name.startswith("search") else run.name.rsplit("-", 1)[0]: run.state.name for run in runs}
+    return names
+
+
+def settled(expected: dict[str, str]) -> bool:
+    """Task states reach the server's database a moment after the run."""
+    import time
+
+    for _ in range(50):
+        if states() == expected:
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def test_first_run_does_all_and_the_second_nothing(stages, config):
+    outcome = run(config())
+    assert stages.took() == dict.fromkeys(EVERYTHING, 1)
+    assert outcome.metrics["kl"] == SCORE
+    assert {file.name for file in outcome.model.iterdir()} == {
+        "awq_state_dict.safetensors",
+        "awq_meta.json",
+        "README.md",
+    }
+
+    assert run(config()) == outcome
+    assert stages.took() == {}
+    assert settled(dict.fromkeys(EVERYTHING | {"load"}, "Cached")), states()
+
+
+def test_group_size_reuses_capture_and_baseline(stages, config):
+    run(config())
+    stages.took()
+    run(config("group_size=32"))
+    assert set(stages.took()) == {*SEARCHES, "pack", "evaluate", "report"}
+
+
+def test_deleted_artifact_is_rebuilt_and_nothing_else(stages, config):
+    import shutil
+
+    run(config())
+    stages.took()
+    shutil.rmtree(stages.artifacts / "pack")
+    run(config())
+    assert stages.took() == {"pack": 1}
+
+
+def test_changed_checkpoint_file_changes_everything(stages, config):
+    run(config())
+    stages.took()
+    model = stages.checkpoint / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-1] + b"\x01")
+    run(config())
+    assert set(stages.took()) == EVERYTHING
+
+
+def test_one_broken_layer_leaves_the_others(stages, config, monkeypatch):
+    monkeypatch.setenv("BROKEN", "2")
+    with pytest.raises(LanceQuantError, match=r"search failed in layer 2 of 4 \(RuntimeError: device lost\)"):
+        run(config())
+    took = stages.took()
+    assert took["search-2"] == 2  # tried again once
+    assert "pack" not in took
+
+    monkeypatch.delenv("BROKEN")
+    run(config())
+    assert set(stages.took()) == {"search-2", "pack", "evaluate", "report"}
+
+
+def test_uncovered_linears_stop_the_run_unless_allowed(stages, config, monkeypatch):
+    monkeypatch.setenv("UNCOVERED", "model.layers.0.mlp.up_proj model.layers.0.mlp.down_proj")
+    with pytest.raises(LanceQuantError, match=r"^2 linears saw fewer than .*allow_uncovered=true$"):
+        run(config())
+    assert "search-0" not in stages.took()
+    run(config("allow_uncovered=true"))
+    assert stages.took()["search-0"] == 1
+
+
+def test_bad_input_is_neither_tried_again_nor_traced(stages, config, monkeypatch, caplog):
+    def refuse(job, out, device):
+        stages.calls.open("a").write("search\n")
+        raise LanceQuantError("capture artifact lacks layer 0: run capture again")
+
+    monkeypatch.setattr("lance_quant.awq.search.search_layer", refuse)
+    with pytest.raises(LanceQuantError, match="capture artifact lacks layer 0"):
+        run(config())
+    assert stages.took()["search"] == LAYERS
+    assert "run capture again" in caplog.text
+    assert not any(record.exc_info for record in caplog.records)
+
+
+def test_workers_share_the_layers(stages, config):
+    run(config("runner.devices=[cpu]", "runner.workers=3"))
+    assert stages.took() == dict.fromkeys(EVERYTHING, 1)
