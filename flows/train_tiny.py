@@ -1,10 +1,11 @@
-"""Train the checkpoint that ships, from a seed: the VAE, then vision tower and decoder, then the held-out bars.
+r"""Train the checkpoint that ships, from a seed: the VAE, then vision tower and decoder, then the held-out bars.
 
-    python -m flows.train_tiny                                    # one GPU, about 25 minutes
-    python -m flows.train_tiny device=cpu vae_minutes=120 lance_minutes=600 lance.batch=32 lance.draw_batch=32
+    python -m flows.train_tiny                                    # one GPU, under half an hour
+    python -m flows.train_tiny device=cpu vae_minutes=180 lance_minutes=900 lance.batch=32 lance.draw_batch=32 \
+        lance.scenes=20000 vae.batch=16 vae.clip_batch=2
 
-The same command goes on where a run was stopped. Without Prefect and Hydra: python -m lance_quant.tiny
-stage=vae|lance|measure.
+The same command goes on where a run was stopped; what it trains is written to `out`, docs/lance_tiny.md says how to
+ship it. Without Prefect and Hydra: python -m lance_quant.tiny stage=vae|lance|measure.
 """
 
 from dataclasses import dataclass, field
@@ -28,8 +29,8 @@ class TrainConfig:
 
     out: str = "artifacts/train_tiny"
     device: str = "auto"
-    vae_minutes: float = 5.0
-    lance_minutes: float = 18.0
+    vae_minutes: float = 30.0
+    lance_minutes: float = 60.0
     graph: bool = True
     vae: AutoencoderRecipe = field(default_factory=AutoencoderRecipe)
     lance: LanceRecipe = field(default_factory=LanceRecipe)

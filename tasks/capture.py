@@ -29,8 +29,8 @@ def capture(cfg: RunConfig, loaded: Artifact, devices: Devices) -> Artifact:
     def build(out: Path) -> dict:
         from lance_quant.calibration import capture as library
 
-        with devices.lease() as device:
-            checkpoint = open_checkpoint(cfg.checkpoint)
+        checkpoint = open_checkpoint(cfg.checkpoint)
+        with devices.lease(checkpoint.config.hidden_size) as device:
             return asdict(library.capture(checkpoint, cfg.calibration, out, device, Progress("capture")))
 
     return as_state(Store(cfg.artifacts).keep(identity, build))

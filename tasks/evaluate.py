@@ -28,8 +28,8 @@ def baseline(cfg: RunConfig, loaded: Artifact, devices: Devices) -> Artifact:
     def build(out: Path) -> dict:
         from lance_quant.evaluation import baseline as library
 
-        with devices.lease() as device:
-            checkpoint = open_checkpoint(cfg.checkpoint)
+        checkpoint = open_checkpoint(cfg.checkpoint)
+        with devices.lease(checkpoint.config.hidden_size) as device:
             return asdict(library.run_baseline(checkpoint, cfg.evaluation, out, device, Progress("baseline")))
 
     return as_state(Store(cfg.artifacts).keep(identity, build))
@@ -48,9 +48,10 @@ def evaluate(cfg: RunConfig, loaded: Artifact, packed: Artifact, reference: Arti
     def build(out: Path) -> dict:
         from lance_quant.evaluation import compare as library
 
-        with devices.lease() as device:
+        checkpoint = open_checkpoint(cfg.checkpoint)
+        with devices.lease(checkpoint.config.hidden_size) as device:
             job = library.CompareJob(
-                checkpoint=open_checkpoint(cfg.checkpoint),
+                checkpoint=checkpoint,
                 packed=packed.path,
                 baseline=reference.path,
                 evaluation=cfg.evaluation,

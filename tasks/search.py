@@ -44,9 +44,10 @@ def search(cfg: RunConfig, layer: int, loaded: Artifact, captured: Artifact, dev
     def build(out: Path) -> dict:
         from lance_quant.awq import search as library
 
-        with devices.lease() as device:
+        checkpoint = open_checkpoint(cfg.checkpoint)
+        with devices.lease(checkpoint.config.hidden_size) as device:
             job = library.LayerJob(
-                checkpoint=open_checkpoint(cfg.checkpoint),
+                checkpoint=checkpoint,
                 layer=layer,
                 capture=captured.path if from_capture else None,
                 recipe=cfg.recipe,

@@ -16,6 +16,7 @@ from tasks.store import Artifact, Kept
 POLL_SECONDS = 0.2
 PROGRESS_LINES = 10
 SECONDS_BETWEEN_LINES = 2.0
+SMALL = 1024  # hidden size
 
 log = logging.getLogger("lance_quant")
 stop = threading.Event()
@@ -49,9 +50,12 @@ class Devices:
         return cls([names[i % len(names)] for i in range(runner.workers or len(names))])
 
     @contextlib.contextmanager
-    def lease(self) -> Iterator[str]:
+    def lease(self, width: int) -> Iterator[str]:
+        """A device for a unit of work on a model of hidden size `width`; waits until one is free."""
         name = self._take()
         try:
+            if name == "cpu":
+                _share_cores(width)
             yield name
         finally:
             self._free.put(name)
@@ -61,6 +65,14 @@ class Devices:
             halt()
             with contextlib.suppress(queue.Empty):
                 return self._free.get(timeout=POLL_SECONDS)
+
+
+def _share_cores(width: int) -> None:
+    """A small model gains nothing from a second thread, and waits long for it where another process has the core."""
+    import torch
+
+    if width < SMALL:
+        torch.set_num_threads(1)
 
 
 def _found() -> list[str]:

@@ -17,6 +17,8 @@ from flows import server
 HOME = tempfile.mkdtemp(prefix="prefect-")
 atexit.register(shutil.rmtree, HOME, ignore_errors=True)
 os.environ.pop("PREFECT_API_URL", None)
+# tiny models gain nothing from threads, and on a busy machine wait for them; subprocesses inherit it
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["PREFECT_HOME"] = HOME
 os.environ["PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW"] = "ignore"
 server.prepare()  # before anything imports prefect

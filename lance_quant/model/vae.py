@@ -51,6 +51,50 @@ def diffusers_key(key: str) -> str:
     return key
 
 
+# diffusers -> upstream, the same table read backwards: first the start of a name, then what follows in a residual block
+OUTER_NAMES = (
+    ("post_quant_conv.", "conv2."),
+    ("quant_conv.", "conv1."),
+    ("conv_in.", "conv1."),
+    ("norm_out.", "head.0."),
+    ("conv_out.", "head.2."),
+    ("mid_block.resnets.0.", "middle.0."),
+    ("mid_block.attentions.0.", "middle.1."),
+    ("mid_block.resnets.1.", "middle.2."),
+)
+BLOCK_NAMES = (
+    ("norm1.", "residual.0."),
+    ("conv1.", "residual.2."),
+    ("norm2.", "residual.3."),
+    ("conv2.", "residual.6."),
+    ("conv_shortcut.", "shortcut."),
+)
+STAGES = {"down_blocks": ("downsamples", 2), "up_blocks": ("upsamples", 3)}  # residual blocks before the resampling
+
+
+def upstream_key(key: str) -> str:
+    """diffusers' name of a VAE tensor -> upstream's, the inverse of `diffusers_key`."""
+    half, _, rest = key.partition(".")
+    if half not in ("encoder", "decoder"):
+        return _renamed(key, OUTER_NAMES)
+    stage = rest.split(".")[0]
+    if stage in STAGES:
+        inner, resampling = STAGES[stage]
+        _, index, kind, rest = rest.split(".", 3)
+        place, rest = rest.split(".", 1) if kind == "resnets" else (resampling, rest)
+        return f"{half}.{inner}.{index}.{inner}.{place}.{_renamed(rest, BLOCK_NAMES)}"
+    name = _renamed(rest, OUTER_NAMES)
+    block, leaf = name[:9], name[9:]
+    return f"{half}.{block}{_renamed(leaf, BLOCK_NAMES)}" if block in ("middle.0.", "middle.2.") else f"{half}.{name}"
+
+
+def _renamed(name: str, table: tuple[tuple[str, str], ...]) -> str:
+    for start, other in table:
+        if name.startswith(start):
+            return other + name.removeprefix(start)
+    return name
+
+
 def build_vae(base: int, decoder_base: int, latent_channels: int = 48) -> nn.Module:
     """AutoencoderKLWan of the Wan 2.2 shape: 16x in space, 4x in time, causal; random weights."""
     from diffusers import AutoencoderKLWan

@@ -21,7 +21,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, pa
 from safetensors.torch import load_file, save_file
 
 from lance_quant.errors import LanceQuantError
-from lance_quant.model.vae import LATENT_MEAN, LATENT_STD, build_vae
+from lance_quant.model.vae import LATENT_MEAN, LATENT_STD, build_vae, diffusers_key, upstream_key
 from lance_quant.tiny import world
 from lance_quant.tiny.recipes import AutoencoderRecipe
 from lance_quant.tiny.state import Schedule, Step, TrainingRun
@@ -38,66 +38,18 @@ def build(base_dim: int = 6, decoder_base_dim: int = 8) -> AutoencoderKLWan:
     return vae
 
 
-# ---------------------------------------------------------------- upstream key names (Lance spec sec. 22, backwards)
-
-_BLOCK = (
-    ("norm1.gamma", "residual.0.gamma"),
-    ("conv1.", "residual.2."),
-    ("norm2.gamma", "residual.3.gamma"),
-    ("conv2.", "residual.6."),
-    ("conv_shortcut.", "shortcut."),
-)
-_OUTER = (
-    ("mid_block.resnets.0.", "middle.0."),
-    ("mid_block.resnets.1.", "middle.2."),
-    ("mid_block.attentions.0.", "middle.1."),
-    ("conv_in.", "conv1."),
-    ("norm_out.gamma", "head.0.gamma"),
-    ("conv_out.", "head.2."),
-)
-_TOP = (("post_quant_conv.", "conv2."), ("quant_conv.", "conv1."))
-
-
-def upstream_name(name: str) -> str:
-    """The key that Wan's own file uses for diffusers' `name`."""
-    for new, old in _TOP:
-        if name.startswith(new):
-            return old + name[len(new) :]
-    side, rest = name.split(".", 1)
-    for stage, inner in (("down_blocks", "downsamples"), ("up_blocks", "upsamples")):
-        if rest.startswith(stage):
-            _, index, kind, rest = rest.split(".", 3)
-            if kind == "resnets":
-                at, rest = rest.split(".", 1)
-            else:  # the resampling layer stands behind two (encoder) or three (decoder) residual blocks
-                at = "2" if stage == "down_blocks" else "3"
-            return f"{side}.{inner}.{index}.{inner}.{at}.{_first(_BLOCK, rest)}"
-    outer = _first(_OUTER, rest)
-    if outer.startswith(("middle.0.", "middle.2.")):
-        head, index, inner = outer.split(".", 2)
-        return f"{side}.{head}.{index}.{_first(_BLOCK, inner)}"
-    return f"{side}.{outer}"
-
-
-def _first(table: tuple[tuple[str, str], ...], name: str) -> str:
-    for new, old in table:
-        if name.startswith(new):
-            return old + name[len(new) :]
-    return name
-
-
 def save_vae(vae: AutoencoderKLWan, path: Path) -> None:
     """Write the VAE in F32 under upstream's key names."""
-    save_file({upstream_name(k): v.detach().float().cpu().contiguous() for k, v in vae.state_dict().items()}, path)
+    save_file({upstream_key(k): v.detach().float().cpu().contiguous() for k, v in vae.state_dict().items()}, path)
 
 
 def load_vae(path: Path, device: str | torch.device = "cpu") -> AutoencoderKLWan:
     """Read a file of `save_vae`, float32; the widths come from its shapes."""
     if not path.exists():
-        raise LanceQuantError(f"There is no VAE at {path}: run stage=vae first.")
+        raise LanceQuantError(f"there is no VAE at {path}: run stage=vae first")
     tensors = load_file(path)
     vae = build(tensors["encoder.conv1.weight"].shape[0], tensors["decoder.conv1.weight"].shape[0] // 4)
-    vae.load_state_dict({name: tensors[upstream_name(name)] for name in vae.state_dict()})
+    vae.load_state_dict({diffusers_key(name): tensor for name, tensor in tensors.items()})
     return vae.to(device).eval().requires_grad_(False)
 
 

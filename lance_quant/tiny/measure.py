@@ -37,7 +37,7 @@ def held_out_scores(
     """Scores over a pool of held-out scenes: x2t per question row and over all, t2i, and the reader's own."""
     device = pool.small.device
     right, asked = defaultdict(int), defaultdict(int)
-    correct = same = true = trip = drawn = 0
+    correct = true = trip = drawn = 0
     context = torch.autocast(device.type, torch.bfloat16) if autocast else contextlib.nullcontext()
     for start in range(0, len(pool.small), 256):
         part = slice(start, start + 256)
@@ -60,9 +60,8 @@ def held_out_scores(
             true += exactly(here, i) == wanted
             trip += exactly(again, i) == wanted
             correct += things(made, i) == sorted(pair[:2] for pair in wanted)
-            same += exactly(made, i) == wanted
     scores = {"x2t_exact": sum(right.values()) / sum(asked.values()), "t2i_correct": correct / drawn}
-    scores |= {"t2i_same": same / drawn, "reader_true": true / drawn, "reader_round_trip": trip / drawn}
+    scores |= {"reader_true": true / drawn, "reader_round_trip": trip / drawn}
     return scores | {f"x2t_exact/{row}": round(right[row] / asked[row], 4) for row in ROWS if asked[row]}
 
 

@@ -22,7 +22,7 @@ class AutoencoderRecipe:
     batch: int = 128
     clip_batch: int = 16
     clip_every: int = 16
-    steps: int = 20_000
+    steps: int = 13_000
     peak: float = 2e-3
     kl: float = 5e-5
     noise: float = 0.1  # extra latent noise while training, in units of the normalised latent
@@ -39,8 +39,8 @@ class LanceRecipe:
 
     batch: int = 256
     draw_batch: int = 512
-    scenes: int = 150_000
-    steps: int = 120_000
+    scenes: int = 300_000
+    steps: int = 35_000
     peak: float = 2e-3
     ask_weight: float = 1.0
     draw_weight: float = 1.0

@@ -1,7 +1,7 @@
 """`python -m lance_quant.tiny stage=lance minutes=9 total_minutes=18 out=DIR` trains vision tower and decoder
 together.
 
-1. Build the model at its size (`ARCHITECTURE`), go on from `DIR/lance_state.*` where there is one.
+1. Build the model at its size (`export.DECODER`), go on from `DIR/lance_state.*` where there is one.
 2. Fill a pool of scenes on the device (words by worker processes, latents by the tiny VAE of `DIR`).
 3. Each step adds the gradients of every row of TASKS: answers by cross entropy, drawing by velocity.
 4. When the time is over: save the state, and the averaged weights as a checkpoint in the published layout.
@@ -186,8 +186,7 @@ def train_lance(
 
     vae = autoencoder.load_vae(out / autoencoder.FILE, device)
     workers = recipe.workers or os.cpu_count() or 1
-    plan = PoolPlan(scenes=recipe.scenes, seed=recipe.seed + 1000 * run.step)
-    pool = build_pool(tokenizer, vae, plan, device, workers)
+    pool = build_pool(tokenizer, vae, PoolPlan(scenes=recipe.scenes, seed=recipe.seed), device, workers)
     unseen = build_pool(
         tokenizer, vae, PoolPlan(scenes=recipe.looks, unseen=True, seed=UNSEEN_SEED, captions=1), device, workers
     )

@@ -4,6 +4,7 @@ import logging
 import threading
 
 import pytest
+import torch
 
 from tasks import stage
 from tasks.config import RunnerConfig
@@ -38,7 +39,7 @@ def test_a_device_serves_one_unit_at_a_time():
     devices, inside, most = Devices(["a", "b"]), [], []
 
     def work():
-        with devices.lease() as name:
+        with devices.lease(128) as name:
             inside.append(name)
             most.append(sorted(inside))
             threading.Event().wait(0.02)
@@ -55,14 +56,14 @@ def test_a_device_serves_one_unit_at_a_time():
 
 def test_a_device_comes_back_after_a_fault():
     devices = Devices(["a"])
-    with pytest.raises(RuntimeError), devices.lease():
+    with pytest.raises(RuntimeError), devices.lease(128):
         raise RuntimeError
-    with devices.lease() as name:
+    with devices.lease(128) as name:
         assert name == "a"
 
 
 def test_nothing_begins_or_goes_on_after_a_stop(stopped):
-    with pytest.raises(Stopped), Devices(["a"]).lease():
+    with pytest.raises(Stopped), Devices(["a"]).lease(128):
         pass
     with pytest.raises(Stopped):
         Progress("capture")(1, 2)
@@ -86,3 +87,15 @@ def test_a_found_artifact_shows_as_cached(tmp_path):
     state = stage.as_state(Kept(artifact=artifact, cached=True))
     assert (state.name, state.message, state.is_completed()) == ("Cached", "search/k", True)
     assert state.result() is artifact
+
+
+def test_a_small_model_on_the_cpu_takes_one_thread():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with Devices(["cpu"]).lease(2048):
+            assert torch.get_num_threads() == 2
+        with Devices(["cpu"]).lease(128):
+            assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
