@@ -90,9 +90,7 @@ class CapturedScore:
         self._fold, self._grid = fold, grid
         self._weights = [tensors[f"{target.name}.weight"] for target in fold.consumers]
         sites = [known.rows_of(target) for target in fold.consumers]
-        self._errors = [
-            site and OutputError(weight, site) for weight, site in zip(self._weights, sites, strict=True)
-        ]
+        self._errors = [site and OutputError(weight, site) for weight, site in zip(self._weights, sites, strict=True)]
 
     def __call__(self, scale: Tensor) -> float:
         columns = self._fold.widen(scale)

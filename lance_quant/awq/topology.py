@@ -85,7 +85,7 @@ class ResolvedFold:
 
 
 def leaf(target: Target) -> str:
-    """"q_proj" and the like, the same for both paths."""
+    """ "q_proj" and the like, the same for both paths."""
     return target.name.rsplit(".", 1)[-1].removesuffix("_moe_gen")
 
 
@@ -102,9 +102,7 @@ def resolve(config: LanceConfig, layer: int, names: list[str]) -> list[ResolvedF
                 else [t.name for t in targets if t.path in paths and leaf(t) == fold.producer]
             )
             consumers = tuple(t for t in targets if t.path in paths and t.site == fold.site)
-            resolved.append(
-                ResolvedFold(fold, path, tuple(producers), consumers, heads if fold.site == "o" else None)
-            )
+            resolved.append(ResolvedFold(fold, path, tuple(producers), consumers, heads if fold.site == "o" else None))
     return resolved
 
 

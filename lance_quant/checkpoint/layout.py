@@ -195,7 +195,7 @@ def open_checkpoint(cfg: CheckpointConfig) -> Checkpoint:
     vit_folder = Path(cfg.vit).expanduser() if cfg.vit else folder.parent / "Qwen2.5-VL-ViT"
     vit_config = _first(
         [vit_folder / "config.json"],
-        f"the vision tower's config.json is not in {vit_folder}: get it from {HUB}, give its folder as checkpoint.vit=...",
+        f"the vision tower's config.json is not in {vit_folder}: get it from {HUB} and set checkpoint.vit=FOLDER",
     )
     vae = Path(cfg.vae).expanduser() if cfg.vae else folder.parent / "Wan2.2_VAE.pth"
     vae_file = _first(

@@ -1,6 +1,6 @@
 """The Hugging Face model card of a packed folder: what it holds, what it was measured on, how to read it.
 
-    write_card(job, packed / "README.md")
+write_card(job, packed / "README.md")
 """
 
 import json

@@ -1,6 +1,6 @@
 """Small SVG charts for the report: strings that take their colours from the page's CSS, light or dark.
 
-    line_chart([Line(x=[1, 0.5, 0], y=[0.1, 0.2, 0.3], name="mean")], "timestep", "error")
+line_chart([Line(x=[1, 0.5, 0], y=[0.1, 0.2, 0.3], name="mean")], "timestep", "error")
 """
 
 import math

@@ -1,6 +1,6 @@
 """How far apart two next-token distributions are: KL in nats, top-1 agreement, perplexity of each.
 
-    compare_logits(bf16_logits, int4_logits, targets).kl
+compare_logits(bf16_logits, int4_logits, targets).kl
 """
 
 import math

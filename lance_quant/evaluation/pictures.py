@@ -1,6 +1,6 @@
 """How far apart two pictures or two tensors are: PSNR and SSIM; relative L2 and cosine.
 
-    picture_scores(bf16_pixels, int4_pixels).psnr
+picture_scores(bf16_pixels, int4_pixels).psnr
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """Templates of this package and the manner in which the reports write numbers.
 
-    render("report.md.j2", {"found": ...})
+render("report.md.j2", {"found": ...})
 """
 
 from pathlib import Path

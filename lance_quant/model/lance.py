@@ -46,10 +46,11 @@ class Lance(nn.Module):
         Raises LanceQuantError for a grid beyond max_latent_size, where upstream would silently reuse other rows.
         """
         for grid in grids:
-            if max(grid[1:]) > self.config.max_latent_size:
+            most = self.config.max_latent_size
+            if max(grid[1:]) > most:
                 raise LanceQuantError(
-                    f"a latent grid of {grid[1]} x {grid[2]} is beyond this model's {self.config.max_latent_size} a side: "
-                    f"draw at most {16 * self.config.max_latent_size} pixels a side"
+                    f"a latent grid of {grid[1]} x {grid[2]} is beyond this model's {most} a side: "
+                    f"draw at most {16 * most} pixels a side"
                 )
         rows = [latent_positions(grid, self.config.hidden_size) for grid in grids]
         return torch.cat(rows).to(self.device, self.dtype)

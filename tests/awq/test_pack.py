@@ -31,9 +31,7 @@ def packed(tmp_path, config=None, **changes):
         layers[-1].mkdir()
         job = LayerJob(checkpoint=checkpoint, layer=layer, capture=None, recipe=MINMAX, group_size=32, bits=bits)
         search_layer(job, layers[-1], "cpu")
-    job = PackJob(
-        checkpoint=checkpoint, layers=layers, recipe=MINMAX, group_size=32, bits=4, tasks_calibrated=["t2i"]
-    )
+    job = PackJob(checkpoint=checkpoint, layers=layers, recipe=MINMAX, group_size=32, bits=4, tasks_calibrated=["t2i"])
     job = replace(job, **changes)
     out = tmp_path / "packed"
     out.mkdir()
