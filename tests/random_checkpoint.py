@@ -18,7 +18,7 @@ from lance_quant.checkpoint.layout import (
 )
 from lance_quant.model.config import LanceConfig
 from lance_quant.tiny.tokenizer import save_tokenizer, train_tokenizer
-from tests.golden_cases import GOLDEN
+from tests.golden_cases import FOLDER
 
 VISION = {
     "depth": 2,
@@ -80,7 +80,7 @@ def write_random_checkpoint(root: Path, layout: str = "image", layers: int = 2, 
     else:
         save_file(tower, vit / "vit.safetensors")
     save_file(tensors, folder / "model.safetensors")
-    shutil.copy(GOLDEN / "tiny_wan22_vae.safetensors", root / "Wan2.2_VAE.safetensors")
+    shutil.copy(FOLDER / "tiny_wan22_vae.safetensors", root / "Wan2.2_VAE.safetensors")
     return CheckpointConfig(name="random", path=str(folder), image_edge=64, vit_edge=56)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from lance_quant.model.cache import KVCache
 from lance_quant.model.config import LanceConfig
-from lance_quant.model.rotary import inverse_frequencies, rotary_tables, rotate
+from lance_quant.model.rotary import frequencies_on, rotary_tables, rotate
 from lance_quant.model.routing import Routing, Twin
 
 
@@ -144,8 +144,9 @@ class Decoder(nn.Module):
         rounded = self.rope_inv_freq_bf16
         if rounded is None:
             rounded = hidden.dtype == torch.bfloat16
-        frequencies = inverse_frequencies(self.config.head_dim, self.config.rope_theta, rounded)
-        rotary = rotary_tables(positions, frequencies, self.config.mrope_section, hidden.dtype)
+        config = self.config
+        rope = frequencies_on(hidden.device, config.head_dim, config.rope_theta, config.mrope_section, rounded)
+        rotary = rotary_tables(positions, *rope, hidden.dtype)
         # upstream widens q and k only in its cached generation mode, and only a bf16 model can tell
         call = Call(routing, rotary, mask, cache, wide_qk=cache is not None and routing.gen is not None)
         x = routing.split(hidden)

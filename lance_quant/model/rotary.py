@@ -1,6 +1,17 @@
 """Multimodal rotary embedding: each frequency turns with one of three position axes (Lance spec sec. 9)."""
 
+from functools import cache
+
 import torch
+
+
+@cache
+def frequencies_on(
+    device: torch.device, head_dim: int, theta: float, section: tuple[int, int, int], bf16: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(inverse frequencies, axis 0..2 that each follows), both [head_dim / 2]; sent to a device once, not per call."""
+    axes = torch.repeat_interleave(torch.arange(3), torch.tensor(section))
+    return inverse_frequencies(head_dim, theta, bf16).to(device), axes.to(device)
 
 
 def inverse_frequencies(head_dim: int, theta: float, bf16: bool) -> torch.Tensor:
@@ -14,15 +25,14 @@ def inverse_frequencies(head_dim: int, theta: float, bf16: bool) -> torch.Tensor
 
 
 def rotary_tables(
-    positions: torch.Tensor, frequencies: torch.Tensor, section: tuple[int, int, int], dtype: torch.dtype
+    positions: torch.Tensor, frequencies: torch.Tensor, axes: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin, [..., n, head_dim] in `dtype`, of positions [..., 3, n] (axes t, h, w).
 
-    Angles are float32; `section` says how many frequencies follow each axis. Halves are duplicated (rotate-half).
+    Angles are float32; each frequency follows the axis that `axes` names. Halves are duplicated (rotate-half).
     """
-    axis = torch.repeat_interleave(torch.arange(3), torch.tensor(section)).to(positions.device)
-    per_frequency = positions.float().index_select(-2, axis).transpose(-1, -2)  # [..., n, head_dim / 2]
-    angles = per_frequency * frequencies.to(positions.device)
+    per_frequency = positions.float().index_select(-2, axes).transpose(-1, -2)  # [..., n, head_dim / 2]
+    angles = per_frequency * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 

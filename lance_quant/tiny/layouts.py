@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from lance_quant.errors import LanceQuantError
 from lance_quant.model.positions import block_mask
 from lance_quant.model.prompts import IM_END, SYSTEM, encode
-from lance_quant.model.rotary import inverse_frequencies, rotary_tables
+from lance_quant.model.rotary import frequencies_on, rotary_tables
 from lance_quant.model.routing import Routing, Twin
 from lance_quant.tiny.language import INSTRUCTION
 
@@ -181,5 +181,5 @@ class DrawLayout:
 
 def rotary(config, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin, float32 [B, n, head_dim], with the bf16 model's rounded frequencies."""
-    frequencies = inverse_frequencies(config.head_dim, config.rope_theta, True)
-    return rotary_tables(positions, frequencies, config.mrope_section, torch.float32)
+    rope = frequencies_on(positions.device, config.head_dim, config.rope_theta, config.mrope_section, True)
+    return rotary_tables(positions, *rope, torch.float32)

@@ -15,7 +15,8 @@ from lance_quant.checkpoint.native import PARTS, packed_specs, unpack_nibbles
 from lance_quant.checkpoint.reader import PIECE_BYTES
 from lance_quant.errors import LanceQuantError
 from lance_quant.model.config import LanceConfig
-from tests.golden_cases import GOLDEN, WEIGHTS, golden_config
+from lance_quant.model.parity import WEIGHTS
+from tests.golden_cases import FOLDER, GOLDEN
 from tests.random_layers import checkpoint_of, random_checkpoint, small_config
 
 MINMAX = RecipeConfig(name="minmax", scoring="none", folds=[])
@@ -68,7 +69,7 @@ def test_round_trip(tmp_path):
 
 def test_meta_of_the_published_recipe_is_the_golden_one(tmp_path, monkeypatch):
     """Through search_layer and pack: only `recipe` is new in the meta file, the tensors are the golden bytes."""
-    statistics = load_file(GOLDEN / "published_awq_stats.safetensors")
+    statistics = load_file(FOLDER / "published_awq_stats.safetensors")
     recipe = RecipeConfig(
         name="published",
         scoring="synthetic",
@@ -78,7 +79,7 @@ def test_meta_of_the_published_recipe_is_the_golden_one(tmp_path, monkeypatch):
         bf16_scale_codes=False,
         group_fallback=True,
     )
-    checkpoint = checkpoint_of(WEIGHTS, golden_config())
+    checkpoint = checkpoint_of(FOLDER / WEIGHTS, GOLDEN.config())
 
     def sites_of(folder, layer):
         sites = {}
@@ -113,12 +114,12 @@ def test_meta_of_the_published_recipe_is_the_golden_one(tmp_path, monkeypatch):
         ),
         out,
     )
-    golden_meta = json.loads((GOLDEN / "published_awq_g32_meta.json").read_text())
+    golden_meta = json.loads((FOLDER / "published_awq_g32_meta.json").read_text())
     meta = json.loads((out / "awq_meta.json").read_text())
     assert meta.pop("recipe") == "published"
     assert meta == golden_meta and list(meta) == list(golden_meta)
     made = load_file(out / "awq_state_dict.safetensors")
-    for key, tensor in load_file(GOLDEN / "published_awq_g32.safetensors").items():
+    for key, tensor in load_file(FOLDER / "published_awq_g32.safetensors").items():
         assert made[key].dtype == tensor.dtype and torch.equal(made[key], tensor), key
 
 

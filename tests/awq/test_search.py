@@ -17,7 +17,8 @@ from lance_quant.awq.topology import FOLDS, resolve
 from lance_quant.checkpoint.layout import layer_targets, targets
 from lance_quant.checkpoint.native import FOLDED, PLAIN, UNSEEN, pack_nibbles
 from lance_quant.errors import LanceQuantError
-from tests.golden_cases import GOLDEN, WEIGHTS, golden_config
+from lance_quant.model.parity import WEIGHTS
+from tests.golden_cases import FOLDER, GOLDEN
 from tests.random_layers import (
     checkpoint_of,
     random_checkpoint,
@@ -42,7 +43,7 @@ AWQ = RecipeConfig(name="awq")
 
 def small_job(recipe: RecipeConfig, **changes) -> LayerJob:
     job = LayerJob(
-        checkpoint=checkpoint_of(GOLDEN, small_config()), layer=0, capture=None, recipe=recipe, group_size=32
+        checkpoint=checkpoint_of(FOLDER, small_config()), layer=0, capture=None, recipe=recipe, group_size=32
     )
     return replace(job, **changes)
 
@@ -56,9 +57,9 @@ def run(recipe: RecipeConfig, tensors=None, known=None, **changes):
 
 def golden_layer(layer: int):
     """The published recipe on one layer of the fixture, from the fixture's own statistics."""
-    config = golden_config()
-    job = small_job(PUBLISHED, checkpoint=checkpoint_of(WEIGHTS, config), layer=layer)
-    statistics = load_file(GOLDEN / "published_awq_stats.safetensors")
+    config = GOLDEN.config()
+    job = small_job(PUBLISHED, checkpoint=checkpoint_of(FOLDER / WEIGHTS, config), layer=layer)
+    statistics = load_file(FOLDER / "published_awq_stats.safetensors")
     mean_abs = {
         target.name: statistics[f"{target.name}.mean_abs"]
         for target in layer_targets(config, layer)
@@ -69,7 +70,7 @@ def golden_layer(layer: int):
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_published_is_the_golden_file_byte_for_byte(layer):
-    golden = load_file(GOLDEN / "published_awq_g32.safetensors")
+    golden = load_file(FOLDER / "published_awq_g32.safetensors")
     torch.manual_seed(11)
     state = torch.get_rng_state()
     result = golden_layer(layer)
@@ -88,7 +89,7 @@ def test_published_is_the_golden_file_byte_for_byte(layer):
 
 
 def test_published_schemes_are_those_of_the_golden_meta():
-    meta = json.loads((GOLDEN / "published_awq_g32_meta.json").read_text())
+    meta = json.loads((FOLDER / "published_awq_g32_meta.json").read_text())
     rows = [row for layer in (0, 1) for row in golden_layer(layer).linears]
     assert {f"{row['name']}.weight": row["scheme"] for row in rows} == {
         key: row["scheme"] for key, row in meta["per_weight"].items()

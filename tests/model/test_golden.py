@@ -3,72 +3,53 @@
 import pytest
 import torch
 
+from lance_quant.errors import LanceQuantError
+from lance_quant.model.parity import Golden, run_case
 from lance_quant.model.positions import generation_positions
-from lance_quant.model.sampler import FlowConfig, run_flow, start_flow
-from lance_quant.model.understanding import answer, forced_logits
-from tests.golden_cases import MANIFEST, golden_case, golden_lance, golden_sample, relative_l2
+from tests.golden_cases import FOLDER, GOLDEN
 
-CASES = [
-    (mode, name) for mode in ("f32", "bf16") for name, case in MANIFEST[mode]["cases"].items() if "attn_modes" in case
-]
-UNDERSTANDING = [case for case in CASES if case[1].startswith("x2t")]
-GENERATION = [case for case in CASES if case not in UNDERSTANDING]
-
-# manifest: 2e-4 relative is generous in f32; bf16 differs by about 1 % from any other order of summation
-TOLERANCE = {"f32": 2e-5, "bf16": 1.5e-2}
+GENERATION = [
+    name for name, case in GOLDEN.manifest["f32"]["cases"].items() if "timestep_shift" in case
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("mode", "name"), UNDERSTANDING)
-def test_understanding(mode, name):
-    case, tensors = golden_case(mode, name)
-    lance, sample = golden_lance(mode), golden_sample(case, tensors)
-    expected = tensors["out.tokens"].tolist()
-    assert relative_l2(lance.look(sample.vit_patches, sample.vit_grids), tensors["out.vit"]) < TOLERANCE[mode]
-    result = answer(lance, sample, len(expected), keep_logits=True, cached="KVcache" in case["path"])
-    assert result.tokens == expected
-    assert relative_l2(result.logits, tensors["out.logits"]) < TOLERANCE[mode]
-    assert relative_l2(forced_logits(lance, sample, expected), tensors["out.logits"]) < TOLERANCE[mode]
+@pytest.mark.parametrize(("mode", "name"), GOLDEN.cases())
+def test_case(mode, name):
+    verdict = run_case(GOLDEN, mode, name)
+    assert verdict.passed, verdict
 
 
-@pytest.mark.parametrize(("mode", "name"), GENERATION)
-def test_generation(mode, name):
-    case, tensors = golden_case(mode, name)
-    lance, sample = golden_lance(mode), golden_sample(case, tensors)
-    cfg = FlowConfig(
-        steps=case["steps"],
-        timestep_shift=case["timestep_shift"],
-        guidance=case["cfg_text_scale"],
-        cached="KVcache" in case["path"],
-        bf16_norms=mode == "bf16",
-    )
-    seen = {"t": [], "x": [], "conditional": [], "unconditional": []}
-
-    def keep(step, t, state, velocities):
-        seen["t"].append(t)
-        seen["x"].append(state.clone())
-        seen["conditional"].append(velocities.conditional)
-        if velocities.unconditional is not None:
-            seen["unconditional"].append(velocities.unconditional)
-
-    state = tensors["out.x_t"][0].to(lance.dtype)
-    final = run_flow(start_flow(lance, sample, state, cfg), state, cfg, keep)
-    assert torch.equal(torch.stack(seen["t"]), tensors["out.timesteps"])
-    assert relative_l2(torch.stack(seen["x"]), tensors["out.x_t"]) < TOLERANCE[mode]
-    assert relative_l2(torch.stack(seen["conditional"]), tensors["out.v_cond"]) < TOLERANCE[mode]
-    guided = int(tensors["out.cfg_on"].sum()) if cfg.guidance > 1 else 0
-    assert len(seen["unconditional"]) == guided
-    if guided:
-        assert relative_l2(torch.stack(seen["unconditional"]), tensors["out.v_uncond"]) < TOLERANCE[mode]
-    finals = [tensors[key] for key in sorted(tensors) if key.startswith("out.final_latent")]
-    assert relative_l2(final, torch.cat([latent.flatten(0, 2) for latent in finals])) < TOLERANCE[mode]
+def test_there_are_cases_of_every_kind():
+    names = {name for _, name in GOLDEN.cases()}
+    assert {"x2t_image_kv", "x2t_image_nocache", "t2i_kv_cfg4", "t2i_kv_nocfg", "t2i_nocache_cfg4"} < names
+    assert {"t2v_kv_cfg4", "image_edit_kv_cfg4", "vae", "preproc", "posembed_2048"} < names
+    assert {name for mode, name in GOLDEN.cases() if mode == "bf16"} == {"x2t_image_kv", "t2i_kv_cfg4"}
 
 
-@pytest.mark.parametrize("name", [name for mode, name in GENERATION if mode == "f32"])
+@pytest.mark.parametrize(
+    ("name", "weight"),
+    [
+        ("t2i_kv_cfg4", "language_model.model.layers.1.mlp_moe_gen.up_proj.weight"),
+        ("t2i_nocache_cfg4", "language_model.model.layers.0.self_attn.k_norm_moe_gen.weight"),
+        ("x2t_image_kv", "vit_model.blocks.0.attn.proj.weight"),
+    ],
+)
+def test_a_changed_weight_fails(name, weight):
+    parameter = GOLDEN.lance("f32").get_parameter(weight)
+    kept = parameter.clone()
+    try:
+        parameter.mul_(1.001)
+        assert not run_case(GOLDEN, "f32", name).passed
+    finally:
+        parameter.copy_(kept)
+
+
+@pytest.mark.parametrize("name", GENERATION)
 def test_positions(name):
-    case, tensors = golden_case("f32", name)
-    sample = golden_sample(case, tensors)
+    case, tensors = GOLDEN.case("f32", name)
+    sample = GOLDEN.sample(case, tensors)
     conditional, unconditional, _ = generation_positions(
-        sample.ids, sample.grids, sample.modality, golden_lance("f32").config.video_token_id
+        sample.ids, sample.grids, sample.modality, GOLDEN.config().video_token_id
     )
     if "KVcache" not in case["path"]:
         assert torch.equal(conditional, tensors["out.pos_ids.0"])
@@ -81,3 +62,9 @@ def test_positions(name):
     mine.append(unconditional[:, start - dropped : end - dropped])
     for positions in expected:
         assert any(torch.equal(positions, candidate) for candidate in mine)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    (tmp_path / "manifest.json").write_text((FOLDER / "manifest.json").read_text())
+    with pytest.raises(LanceQuantError, match="t2i_kv_cfg4.safetensors is missing"):
+        run_case(Golden(tmp_path), "f32", "t2i_kv_cfg4")

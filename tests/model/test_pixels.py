@@ -8,9 +8,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lance_quant.model import pixels
-from tests.golden_cases import GOLDEN, MANIFEST
+from tests.golden_cases import FOLDER, RECORDED
 
-BUCKETS = MANIFEST["f32"]["preproc"]["buckets_hw"]
+BUCKETS = RECORDED["preproc"]["buckets_hw"]
 
 
 @pytest.mark.parametrize("edge", sorted(BUCKETS, key=int))
@@ -20,7 +20,7 @@ def test_buckets(edge):
 
 @pytest.fixture(scope="module")
 def picture():
-    tensors = load_file(GOLDEN / "preproc.safetensors")
+    tensors = load_file(FOLDER / "preproc.safetensors")
     return Image.fromarray(tensors["image_rgb_uint8"].numpy()), tensors
 
 
@@ -34,7 +34,7 @@ def test_vae_pixels(picture):
 def test_vit_patches(picture):
     image, tensors = picture
     patches, grid = pixels.vit_patches(pixels.vit_pixels([image], pixels.PRESETS["image_256res"].vit_edge))
-    assert [list(grid)] == MANIFEST["f32"]["preproc"]["image_256res.vit_grid_thw"]
+    assert [list(grid)] == RECORDED["preproc"]["image_256res.vit_grid_thw"]
     assert torch.equal(patches[:48], tensors["image_256res.vit_patches_first48"])
 
 
@@ -45,7 +45,7 @@ def test_odd_clip_repeats_its_last_frame():
 
 
 def test_frame_sampler():
-    for case in json.loads((GOLDEN / "frame_sampler.json").read_text()):
+    for case in json.loads((FOLDER / "frame_sampler.json").read_text()):
         assert pixels.sample_frames(case["total_frames"], case["fps"]) == case["indices"]
     with pytest.raises(ValueError, match="too short"):
         pixels.sample_frames(1, 24)

@@ -7,21 +7,19 @@ from safetensors.torch import load_file
 from lance_quant.errors import LanceQuantError
 from lance_quant.model.embedders import latent_positions
 from lance_quant.model.positions import block_mask, causal_mask, rope_positions
-from tests.golden_cases import GOLDEN
+from tests.golden_cases import FOLDER, GOLDEN
 
 
 def test_latent_positions_are_the_published_table():
-    tensors = load_file(GOLDEN / "posembed_2048.safetensors")
+    tensors = load_file(FOLDER / "posembed_2048.safetensors")
     for index, row in zip(tensors["ids"].tolist(), tensors["rows"], strict=True):
         grid = (index // 4096 + 1, index // 64 % 64 + 1, index % 64 + 1)
         assert torch.equal(latent_positions(grid, 2048)[-1], row)
 
 
 def test_a_grid_beyond_the_table_is_refused():
-    from tests.golden_cases import golden_lance
-
     with pytest.raises(LanceQuantError, match="beyond this model"):
-        golden_lance("f32").latent_table([(1, 4, 21)])
+        GOLDEN.lance("f32").latent_table([(1, 4, 21)])
 
 
 def test_block_mask_rules():

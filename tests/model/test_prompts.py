@@ -8,9 +8,9 @@ import torch
 from lance_quant.errors import LanceQuantError
 from lance_quant.model.prompts import assemble, render
 from lance_quant.model.request import TASKS, UNDERSTANDING
-from tests.golden_cases import GOLDEN
+from tests.golden_cases import FOLDER
 
-PROMPTS = json.loads((GOLDEN / "prompt_templates.json").read_text())["prompts"]
+PROMPTS = json.loads((FOLDER / "prompt_templates.json").read_text())["prompts"]
 VIDEO_PAD, IM_START, IM_END, NEWLINE, USER, ASSISTANT = 151656, 151644, 151645, 198, 872, 77091
 
 

@@ -6,9 +6,9 @@ from safetensors.torch import load_file, save_file
 
 from lance_quant.errors import LanceQuantError
 from lance_quant.model.vae import LATENT_MEAN, LATENT_STD, load_vae, to_uint8
-from tests.golden_cases import GOLDEN, MANIFEST
+from tests.golden_cases import FOLDER, RECORDED
 
-FILE = GOLDEN / "tiny_wan22_vae.safetensors"
+FILE = FOLDER / "tiny_wan22_vae.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -18,12 +18,12 @@ def vae():
 
 @pytest.fixture(scope="module")
 def golden():
-    return load_file(GOLDEN / "vae.safetensors")
+    return load_file(FOLDER / "vae.safetensors")
 
 
 def test_constants():
-    assert list(LATENT_MEAN) == MANIFEST["f32"]["vae_latent_mean"]
-    assert list(LATENT_STD) == MANIFEST["f32"]["vae_latent_std"]
+    assert list(LATENT_MEAN) == RECORDED["vae_latent_mean"]
+    assert list(LATENT_STD) == RECORDED["vae_latent_std"]
 
 
 def test_encode(vae, golden):
