@@ -37,9 +37,10 @@ def main(composed: DictConfig) -> None:
         # while the server starts; Prefect reads its address when it is imported
         from flows.pipeline import run
         from tasks.load import open_run
-        from tasks.stage import stop
+        from tasks.stage import Devices, stop
 
         open_run(cfg)
+        Devices.of(cfg.runner)
         if child:
             child.wait()
         with interruptible(stop):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefect import flow
+from prefect.futures import PrefectFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from lance_quant.errors import LanceQuantError
@@ -18,8 +19,8 @@ from tasks.load import load
 from tasks.pack import pack
 from tasks.report import MODEL, Measured, report
 from tasks.search import every_layer, search
-from tasks.stage import Devices
-from tasks.store import Store
+from tasks.stage import Devices, Stopped
+from tasks.store import Artifact, Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +40,10 @@ def full_run(cfg: RunConfig) -> Outcome:
 
     loaded = load.submit(cfg)
     captured = capture.submit(cfg, loaded, devices)
-    require_coverage(cfg, captured.result())
+    checkpoint, seen = in_order(loaded, captured)
+    require_coverage(cfg, seen)
 
-    layers = range(loaded.result().summary["layers"])
+    layers = range(checkpoint.summary["layers"])
     searched = [search.submit(cfg, layer, loaded, captured, devices) for layer in layers]
     reference = baseline.submit(cfg, loaded, devices)
     every_layer(searched)
@@ -51,13 +53,19 @@ def full_run(cfg: RunConfig) -> Outcome:
     measured = Measured(
         loaded=loaded, captured=captured, searched=searched, packed=packed, reference=reference, scored=scored
     )
-    written = report.submit(cfg, measured).result()
+    written = report.submit(cfg, measured)
+    *_, scores, pages = in_order(reference, packed, scored, written)
     return Outcome(
-        html=written.path / written.summary["html"],
-        model=written.path / MODEL,
-        headline=written.summary["headline"],
-        metrics=scored.result().summary["metrics"],
+        html=pages.path / pages.summary["html"],
+        model=pages.path / MODEL,
+        headline=pages.summary["headline"],
+        metrics=scores.summary["metrics"],
     )
+
+
+def in_order(*futures: PrefectFuture) -> list[Artifact]:
+    """Results, upstream first: raises what failed, where a later future would only say that it never ran."""
+    return [future.result() for future in futures]
 
 
 def run(cfg: RunConfig) -> Outcome:
@@ -69,11 +77,11 @@ def run(cfg: RunConfig) -> Outcome:
 
 
 class OneSentence(logging.Filter):
-    """Bad input is logged as its sentence; Prefect would add a traceback."""
+    """Bad input and a stop are logged as their sentence; Prefect would add a traceback."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, LanceQuantError):
+        if isinstance(error, LanceQuantError | Stopped):
             record.msg, record.args, record.exc_info = str(error), (), None
         return True
 

@@ -29,6 +29,7 @@ QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(STARTUP_SECONDS),
     "PREFECT_LOGGING_EXTRA_LOGGERS": "lance_quant",
+    "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",  # a failed flow's exception is stored, by default as a pickle
 }
 
 

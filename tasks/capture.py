@@ -6,7 +6,7 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from lance_quant.checkpoint.layout import open_checkpoint
+from lance_quant.checkpoint.layout import PATHS, open_checkpoint, targets
 from lance_quant.errors import LanceQuantError
 from tasks.config import RunConfig, pixel_edges, read_fields
 from tasks.stage import Devices, Progress, as_state, log
@@ -18,12 +18,12 @@ NAMED = 3
 
 @task(cache_policy=NO_CACHE)
 def capture(cfg: RunConfig, loaded: Artifact, devices: Devices) -> Artifact:
-    """One pass for every group size, bit width and recipe: none of them is in the key."""
+    """One pass for every group size, bit width and recipe: none of them is in the key, nor what counts as covered."""
     identity = Identity(
         stage="capture",
         revision=REVISION,
         upstream={"load": loaded.key},
-        config=read_fields(cfg.calibration) | pixel_edges(cfg.checkpoint),
+        config=read_fields(cfg.calibration, "min_tokens") | pixel_edges(cfg.checkpoint),
     )
 
     def build(out: Path) -> dict:
@@ -36,14 +36,22 @@ def capture(cfg: RunConfig, loaded: Artifact, devices: Devices) -> Artifact:
     return as_state(Store(cfg.artifacts).keep(identity, build))
 
 
+def uncovered(cfg: RunConfig, captured: Artifact) -> list[str]:
+    """Linears that saw fewer than `min_tokens` tokens, over all tasks: every linear of a path sees the same ones."""
+    tokens = captured.summary["tokens"].values()
+    seen = {path: sum(of_task[path] for of_task in tokens) for path in PATHS}
+    config = open_checkpoint(cfg.checkpoint).config
+    return [target.name for target in targets(config) if seen[target.path] < cfg.calibration.min_tokens]
+
+
 def require_coverage(cfg: RunConfig, captured: Artifact) -> None:
     """Name the linears that saw too few tokens; only `allow_uncovered=true` lets a run go on with them."""
-    uncovered = captured.summary["uncovered"]
-    for name in uncovered:
+    names = uncovered(cfg, captured)
+    for name in names:
         log.warning("%s saw fewer than %d tokens in calibration", name, cfg.calibration.min_tokens)
-    if uncovered and not cfg.allow_uncovered:
-        some = ", ".join(uncovered[:NAMED]) + (" ..." if len(uncovered) > NAMED else "")
+    if names and not cfg.allow_uncovered:
+        some = ", ".join(names[:NAMED]) + (" ..." if len(names) > NAMED else "")
         raise LanceQuantError(
-            f"{len(uncovered)} linears saw fewer than calibration.min_tokens={cfg.calibration.min_tokens} tokens "
+            f"{len(names)} linears saw fewer than calibration.min_tokens={cfg.calibration.min_tokens} tokens "
             f"({some}): raise calibration.samples or go on with allow_uncovered=true"
         )

@@ -6,13 +6,20 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from lance_quant.awq.config import RecipeConfig
 from lance_quant.awq.limits import check_group_size
-from lance_quant.checkpoint.layout import Checkpoint, open_checkpoint, targets
+from lance_quant.checkpoint.layout import Checkpoint, Target, open_checkpoint, targets
+from lance_quant.errors import LanceQuantError
+from lance_quant.model.config import SPATIAL_DOWNSAMPLE, LanceConfig
 from tasks.config import RunConfig
 from tasks.stage import as_state
 from tasks.store import Artifact, Identity, Store
 
 REVISION = 1
+LAYOUTS = {  # a checkpoint's layout, which its choice in conf/checkpoint is called by -> how it shows
+    "image": "no vision tower, so it is an image model",
+    "video": "a vision tower, so it is a video model",
+}
 
 
 @task(cache_policy=NO_CACHE)
@@ -33,8 +40,37 @@ def load(cfg: RunConfig) -> Artifact:
 
 
 def open_run(cfg: RunConfig) -> Checkpoint:
-    """The run's checkpoint, once it is there and the group size suits it."""
+    """The run's checkpoint, once it is there and the other settings suit it. Raises LanceQuantError."""
     checkpoint = open_checkpoint(cfg.checkpoint)
-    if not cfg.recipe.group_fallback:
-        check_group_size(targets(checkpoint.config), cfg.group_size)
+    check_layout(checkpoint)
+    check_picture_size(checkpoint)
+    check_group_size(fixed_groups(cfg.recipe, checkpoint.config), cfg.group_size)
     return checkpoint
+
+
+def check_layout(checkpoint: Checkpoint) -> None:
+    """Refuse an image model called video and the reverse; other names say nothing of the layout."""
+    if checkpoint.name in LAYOUTS and checkpoint.name != checkpoint.layout:
+        raise LanceQuantError(
+            f"{checkpoint.model_file} holds {LAYOUTS[checkpoint.layout]}: choose checkpoint={checkpoint.layout}, "
+            f"or give the {checkpoint.name} model's folder as checkpoint.path=..."
+        )
+
+
+def check_picture_size(checkpoint: Checkpoint) -> None:
+    """Refuse pictures whose latents are more than the position table has rows for."""
+    most = checkpoint.config.max_latent_size * SPATIAL_DOWNSAMPLE
+    if checkpoint.image_edge > most:
+        raise LanceQuantError(
+            f"checkpoint.image_edge={checkpoint.image_edge} is beyond the position table of {checkpoint.folder}: "
+            f"at most {most} pixels"
+        )
+
+
+def fixed_groups(recipe: RecipeConfig, config: LanceConfig) -> list[Target]:
+    """The linears that take the group size as it is: with `group_fallback` those behind a searched fold only."""
+    if not recipe.group_fallback:
+        return targets(config)
+    from lance_quant.awq.topology import resolve
+
+    return [target for fold in resolve(config, 0, recipe.folds) for target in fold.consumers]

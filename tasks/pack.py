@@ -17,12 +17,13 @@ REVISION = 1
 @task(cache_policy=NO_CACHE)
 def pack(cfg: RunConfig, loaded: Artifact, searched: list[Artifact]) -> Artifact:
     """The recipe goes into the key by name too: the packed metadata says it."""
+    calibrated = list(cfg.calibration.tasks) if cfg.recipe.needs_capture else []
     identity = Identity(
         stage="pack",
         revision=REVISION,
         upstream={"load": loaded.key, "search": [layer.key for layer in searched]},
         config={"recipe": asdict(cfg.recipe), "group_size": cfg.group_size, "bits": cfg.bits}
-        | {"tasks_calibrated": list(cfg.calibration.tasks)},
+        | {"tasks_calibrated": calibrated},
     )
 
     def build(out: Path) -> dict:
@@ -34,7 +35,7 @@ def pack(cfg: RunConfig, loaded: Artifact, searched: list[Artifact]) -> Artifact
             recipe=cfg.recipe,
             group_size=cfg.group_size,
             bits=cfg.bits,
-            tasks_calibrated=list(cfg.calibration.tasks),
+            tasks_calibrated=calibrated,
         )
         return asdict(library.pack(job, out, Progress("pack")))
 

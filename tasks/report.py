@@ -1,7 +1,7 @@
 """report: scores, answers and pictures side by side -> report.html, report.md, and the folder to publish.
 
 report.html   report.md   pictures/   README.md
-model/        the packed files (hard links, no second copy on disk) with README.md, the model card
+model/        the packed files (hard links, or copies where the file system has none) with README.md, the model card
 """
 
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from tasks.capture import uncovered
 from tasks.config import RunConfig
 from tasks.stage import as_state
 from tasks.store import MANIFEST, Artifact, Identity, Store
@@ -60,7 +61,7 @@ def report(cfg: RunConfig, measured: Measured) -> Artifact:
             settings=settings,
             min_tokens=cfg.calibration.min_tokens,
         )
-        summary = asdict(library.write_report(job, out))
+        summary = asdict(library.write_report(job, out)) | {"uncovered": uncovered(cfg, m.captured)}
         gather(m.packed.path, out / summary["card"], out / MODEL)
         return summary
 
@@ -82,5 +83,12 @@ def gather(packed: Path, card: Path, model: Path) -> None:
     model.mkdir()
     for file in sorted(packed.iterdir()):
         if file.name != MANIFEST:
-            os.link(file, model / file.name)
+            _link_or_copy(file, model / file.name)
     shutil.copyfile(card, model / card.name)
+
+
+def _link_or_copy(file: Path, place: Path) -> None:
+    try:
+        os.link(file, place)
+    except OSError:  # file systems without hard links, such as exFAT and some network mounts
+        shutil.copyfile(file, place)

@@ -65,13 +65,15 @@ class LayersFailed(LanceQuantError):
 
 
 def every_layer(futures: Sequence[PrefectFuture]) -> list[Artifact]:
-    """Wait for all layers, then raise once for those that failed."""
+    """Wait for all layers, then raise once for those that failed; bad input, which no second try mends, as it is."""
     for future in futures:
         future.wait()
     results = [future.result(raise_on_failure=False) for future in futures]
     failed = {layer: result for layer, result in enumerate(results) if isinstance(result, BaseException)}
     if failed:
         first = next(iter(failed.values()))
+        if all(isinstance(fault, LanceQuantError) for fault in failed.values()):
+            raise first
         raise LayersFailed(
             f"search failed in {'layers' if len(failed) > 1 else 'layer'} {', '.join(map(str, failed))} of "
             f"{len(results)} ({type(first).__name__}: {first}): the others are kept, the same command tries these again"

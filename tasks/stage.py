@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
+from lance_quant.errors import LanceQuantError
 from tasks.config import RunnerConfig
 from tasks.store import Artifact, Kept
 
@@ -45,8 +46,11 @@ class Devices:
 
     @classmethod
     def of(cls, runner: RunnerConfig) -> "Devices":
-        """Resolve `auto`, and repeat the devices in turn up to `workers` entries."""
-        names = _found() if runner.devices == "auto" else list(runner.devices)
+        """Resolve `auto`, and repeat the devices in turn up to `workers` entries.
+
+        Raises LanceQuantError for a device that this machine does not have.
+        """
+        names = _found() if runner.devices == "auto" else [_checked(name) for name in runner.devices]
         return cls([names[i % len(names)] for i in range(runner.workers or len(names))])
 
     @contextlib.contextmanager
@@ -54,9 +58,8 @@ class Devices:
         """A device for a unit of work on a model of hidden size `width`; waits until one is free."""
         name = self._take()
         try:
-            if name == "cpu":
-                _share_cores(width)
-            yield name
+            with _shared_cores() if name == "cpu" and width < SMALL else contextlib.nullcontext():
+                yield name
         finally:
             self._free.put(name)
 
@@ -67,18 +70,44 @@ class Devices:
                 return self._free.get(timeout=POLL_SECONDS)
 
 
-def _share_cores(width: int) -> None:
+@contextlib.contextmanager
+def _shared_cores() -> Iterator[None]:
     """A small model gains nothing from a second thread, and waits long for it where another process has the core."""
     import torch
 
-    if width < SMALL:
-        torch.set_num_threads(1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _found() -> list[str]:
     import torch
 
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+
+
+def _checked(name: str) -> str:
+    """ "cpu" or "cuda:N" of this machine, in that spelling."""
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise LanceQuantError(f"runner.devices has no '{name}'; choose from cpu, cuda:0, cuda:1 and so on")
+    if device.type == "cpu":
+        return "cpu"
+    index, count = device.index or 0, torch.cuda.device_count()
+    if index >= count:
+        raise LanceQuantError(
+            f"runner.devices names {name}, but this machine has {count} CUDA devices: "
+            f"choose from {', '.join(_found())}, or runner.devices=auto"
+        )
+    return f"cuda:{index}"
 
 
 def halt() -> None:

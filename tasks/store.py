@@ -3,7 +3,7 @@
     Store("artifacts").keep(Identity(stage="capture", revision=1, config={...}), build)   # build(folder) -> summary
 
 1. The key is the SHA-256 of the canonical JSON of an `Identity`. Devices, times and places are not part of it.
-2. A hit is a folder whose `manifest.json` lists files that are all there with their sizes.
+2. A hit is a folder whose `manifest.json` is whole and lists files that are all there with their sizes.
 3. A miss takes the key's lock (`flock`: the kernel frees it when a process dies), looks again, builds in
    `.<key>.<random>/`, writes `manifest.json` last and renames the folder into place.
 4. Folders of killed builds are swept once their lock is free.
@@ -100,7 +100,7 @@ class Store:
         folder = self.root / identity.stage / identity.key
         try:
             manifest = json.loads((folder / MANIFEST).read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # not there, or not the JSON that was written
             return None
         for name, output in manifest["outputs"].items():
             file = folder / name
@@ -135,7 +135,7 @@ class Store:
                 "outputs": outputs,
                 "summary": summary,
             }
-            (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            _write_through(draft / MANIFEST, json.dumps(manifest, indent=1))
         except BaseException:
             _remove([draft])
             raise
@@ -190,6 +190,14 @@ def _remove(folders: list[Path]) -> None:
 
 def _files(folder: Path) -> list[str]:
     return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+
+
+def _write_through(file: Path, text: str) -> None:
+    """Write and wait for the disk, so that a power cut after the rename finds the text and not an empty file."""
+    with file.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
 
 
 def _describe(file: Path) -> dict:

@@ -6,7 +6,7 @@ what a fold changed (norms, biases) is taken from the layer's search artifact.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -62,7 +62,7 @@ def read_linears(job: PackJob) -> dict[str, dict]:
 
 
 def packed_meta(job: PackJob, linears: dict[str, dict]) -> dict:
-    """awq_meta.json: the published fields, and `recipe`, which readers may ignore."""
+    """awq_meta.json: the published fields, and `recipe` with its settings, which readers may ignore."""
     folded = sum(row["scheme"] == FOLDED for row in linears.values())
     return {
         "n_bit": job.bits,
@@ -80,7 +80,7 @@ def packed_meta(job: PackJob, linears: dict[str, dict]) -> dict:
             }
             for name, row in linears.items()
         },
-        "recipe": job.recipe.name,
+        "recipe": asdict(job.recipe),
     }
 
 

@@ -14,8 +14,7 @@ import torch
 
 from lance_quant.calibration.config import CalibrationConfig
 from lance_quant.calibration.recorder import Recorder
-from lance_quant.calibration.samples import scene_requests
-from lance_quant.checkpoint.layout import PATHS, Checkpoint, targets
+from lance_quant.checkpoint.layout import PATHS, Checkpoint
 from lance_quant.model.inputs import prepare
 from lance_quant.model.lance import Lance, load_lance
 from lance_quant.model.pixels import vae_pixels
@@ -25,17 +24,17 @@ from lance_quant.model.sampler import CachedFlow, FlowConfig, UncachedFlow, init
 from lance_quant.model.sequence import Sample
 from lance_quant.model.understanding import context_spans, forced_logits
 from lance_quant.model.vae import load_vae
+from lance_quant.tiny.requests import scene_requests
 
 Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureSummary:
-    """tokens: task -> path -> tokens seen; uncovered: linears below min_tokens; rows: kept per site."""
+    """tokens: task -> path -> tokens that each linear of the path saw; rows: kept per site."""
 
     samples: int
     tokens: dict[str, dict[str, int]]
-    uncovered: list[str]
     rows: int
     bytes: int
     seconds: float
@@ -56,11 +55,9 @@ def capture(
             if progress is not None:
                 progress(index + 1, len(requests), request.name)
         recorder.write(out)
-    seen = {path: sum(recorder.tokens(task, path) for task in cfg.tasks) for path in PATHS}
     return CaptureSummary(
         samples=len(requests),
         tokens={task: {path: recorder.tokens(task, path) for path in PATHS} for task in cfg.tasks},
-        uncovered=[target.name for target in targets(checkpoint.config) if seen[target.path] < cfg.min_tokens],
         rows=cfg.rows_per_site,
         bytes=sum(file.stat().st_size for file in out.rglob("*.parquet")),
         seconds=round(time.monotonic() - started, 2),

@@ -28,8 +28,10 @@ class CalibrationConfig:
         for task in self.tasks:
             if task not in TASKS:
                 raise LanceQuantError(f"calibration.tasks has no '{task}'; choose from {', '.join(TASKS)}")
-        if not self.tasks:
-            raise LanceQuantError(f"calibration.tasks is empty; choose from {', '.join(TASKS)}")
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
+            raise LanceQuantError(f"calibration.tasks={self.tasks} must name each task once, of {', '.join(TASKS)}")
+        if not 0 <= self.seed < 2**32:
+            raise LanceQuantError(f"calibration.seed={self.seed} must lie between 0 and 2**32 - 1")
         least = {"samples": 1, "timesteps": 1, "rows_per_site": 1, "sequences": 0, "min_tokens": 0}
         for name, value in least.items():
             if getattr(self, name) < value:

@@ -129,7 +129,7 @@ def file_hash(path: Path, cache: Path) -> str:
     """sha256 of a file, read only where `cache` does not know its size and modification time."""
     stat = path.stat()
     known = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    entries = json.loads(cache.read_text()) if cache.is_file() else {}
+    entries = _read_hashes(cache)
     key = str(path.resolve())
     entry = entries.get(key, {})
     if {name: entry.get(name) for name in known} == known:
@@ -144,3 +144,11 @@ def file_hash(path: Path, cache: Path) -> str:
     draft.write_text(json.dumps(entries, indent=1))
     draft.replace(cache)
     return digest.hexdigest()
+
+
+def _read_hashes(cache: Path) -> dict:
+    """What is remembered; a file cut off by a power loss is worth no more than none."""
+    try:
+        return json.loads(cache.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}

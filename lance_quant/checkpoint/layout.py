@@ -184,6 +184,8 @@ def open_checkpoint(cfg: CheckpointConfig) -> Checkpoint:
     from lance_quant.checkpoint.reader import TensorReader
 
     folder = Path(cfg.path).expanduser()
+    if folder.is_file():
+        raise LanceQuantError(f"checkpoint.path={folder} is a file: give the folder that holds it")
     if not folder.is_dir():
         raise LanceQuantError(
             f"checkpoint '{cfg.name}' is not at {folder}: get it from {HUB} and give its folder as checkpoint.path=..."

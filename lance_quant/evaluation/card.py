@@ -9,7 +9,8 @@ from pathlib import Path
 from lance_quant.evaluation.findings import Findings, ReportJob, packed_files
 from lance_quant.evaluation.rendering import render
 
-BASE_MODELS = {"image": "bytedance-research/Lance", "video": "bytedance-research/Lance"}  # checkpoint name -> hub name
+HUB_MODEL = "bytedance-research/Lance"
+LEAST_PUBLISHED = 10**9  # parameters; anything smaller is a Lance-tiny of this project, under its licence
 TASKS = {  # task of Lance -> (pipeline tag of the hub, plain words)
     "x2t_image": ("image-text-to-text", "answers about pictures"),
     "x2t_video": ("video-text-to-text", "answers about videos"),
@@ -35,21 +36,27 @@ def write_card(job: ReportJob, path: Path) -> None:
         "files": packed_files(job),
         "answers": len(found.answers),
         "pictures": len(found.pictures),
+        "base": None if is_shipped(found) else HUB_MODEL,
     }
     path.write_text(render("card.md.j2", view), encoding="utf-8")
 
 
+def is_shipped(found: Findings) -> bool:
+    """Whether the weights are those of Lance-tiny: by size, since a name is free to choose."""
+    return found.job.checkpoint["parameters"] < LEAST_PUBLISHED
+
+
 def front_matter(found: Findings) -> list[tuple[str, str]]:
     """(key, value as JSON, which is YAML too) of the card's header, as the hub reads it."""
-    job, base = found.job, BASE_MODELS.get(found.job.name)
+    job = found.job
     tags = ["lance", "multimodal", "awq", f"{found.bits}-bit", "quantized"]
     tags += [TASKS[task][0] for task in found.meta["tasks_calibrated"] if task in TASKS]
-    fields = {
-        "license": "apache-2.0",
+    origin = {"license": "apache-2.0"}
+    if not is_shipped(found):  # the licence of other weights is their maker's to say
+        origin = {"base_model": HUB_MODEL, "base_model_relation": "quantized"}
+    fields = origin | {
         "library_name": "lance-quant",
         "pipeline_tag": "any-to-any",
-        "base_model": base or f"Lance_{job.name}",
-        "base_model_relation": "quantized",
         "tags": list(dict.fromkeys(tags)),
         "quantization": {
             "bits": found.bits,

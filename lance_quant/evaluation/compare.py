@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from lance_quant.checkpoint.layout import VIT_PREFIX, Checkpoint
+from lance_quant.checkpoint.layout import Checkpoint
 from lance_quant.evaluation.baseline import Progress, draw
 from lance_quant.evaluation.config import EvaluationConfig
 from lance_quant.evaluation.distributions import compare_logits
@@ -26,13 +26,13 @@ from lance_quant.evaluation.pictures import picture_scores, tensor_errors
 from lance_quant.evaluation.samples import ANSWERS, evaluation_requests, flow_config, load_tensors, picture_file
 from lance_quant.evaluation.text import text_scores
 from lance_quant.model.inputs import prepare
-from lance_quant.model.lance import Lance, build_lance, place_buffers
 from lance_quant.model.prompts import decode_answer, load_tokenizer
 from lance_quant.model.request import Request
 from lance_quant.model.sampler import guide, is_guided, run_flow, start_flow, timesteps
 from lance_quant.model.sequence import Sample
 from lance_quant.model.understanding import answer, forced_logits
 from lance_quant.model.vae import load_vae
+from lance_quant.runtime.lance import load_packed_lance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,20 +50,6 @@ class CompareSummary:
     """metrics: the content of metrics.json."""
 
     metrics: dict[str, float]
-
-
-def load_packed_lance(checkpoint: Checkpoint, packed: Path, device: str) -> Lance:
-    """The 4-bit Lance of a packed folder: int4 linears, everything else bf16; never built in bf16 first."""
-    from lance_quant.checkpoint.fill import fill
-    from lance_quant.runtime.swap import load_packed
-
-    lance = build_lance(checkpoint, torch.bfloat16)
-    separate = checkpoint.vit_file is not None
-    load_packed(lance, packed, device, elsewhere=(VIT_PREFIX,) if separate else ())
-    if separate:
-        fill(lance.vit_model, checkpoint.vit_file, device, torch.bfloat16)
-    place_buffers(lance, device)
-    return lance
 
 
 @torch.inference_mode()

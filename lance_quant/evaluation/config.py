@@ -27,8 +27,10 @@ class EvaluationConfig:
         for task in self.tasks:
             if task not in TASKS:
                 raise LanceQuantError(f"evaluation.tasks has no '{task}'; choose from {', '.join(TASKS)}")
-        if not self.tasks:
-            raise LanceQuantError(f"evaluation.tasks is empty; choose from {', '.join(TASKS)}")
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
+            raise LanceQuantError(f"evaluation.tasks={self.tasks} must name each task once, of {', '.join(TASKS)}")
+        if not 0 <= self.seed < 2**32:
+            raise LanceQuantError(f"evaluation.seed={self.seed} must lie between 0 and 2**32 - 1")
         for name in ("samples", "max_new_tokens", "steps"):
             if getattr(self, name) < 1:
                 raise LanceQuantError(f"evaluation.{name}={getattr(self, name)} must be at least 1")

@@ -25,7 +25,6 @@ class ReportJob:
     capture: Path | None = None
     settings: dict = field(default_factory=dict)  # the resolved configuration, nested or flat
     min_tokens: int = 256  # a linear that saw fewer counts as not covered
-    links: dict[str, str] = field(default_factory=dict)  # title -> address, for the model card
 
 
 @dataclass(frozen=True, kw_only=True)

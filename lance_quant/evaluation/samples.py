@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from lance_quant.calibration.samples import scene_requests
 from lance_quant.checkpoint.layout import Checkpoint
 from lance_quant.evaluation.config import EvaluationConfig
 from lance_quant.model.request import Request
 from lance_quant.model.sampler import FlowConfig
+from lance_quant.tiny.requests import scene_requests
 
 ANSWERS = "answers.parquet"
 

@@ -1,7 +1,7 @@
 """`KVCache`: keys and values of a context, allocated once and written in place.
 
-The denoising steps read the context and their own tokens without keeping them: `scratch` writes behind the end and
-does not move it.
+The denoising steps read the context and their own tokens without keeping them: they write behind the end and do not
+`advance` it.
 """
 
 import torch

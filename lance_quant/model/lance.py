@@ -86,16 +86,22 @@ def load_lance(checkpoint: Checkpoint, device="cpu", dtype: torch.dtype = torch.
     from lance_quant.checkpoint.fill import fill
 
     lance = build_lance(checkpoint, dtype)
-    bundled = checkpoint.vit_file is None
-    fill(lance, checkpoint.model_file, device, dtype, elsewhere=() if bundled else (VIT_PREFIX,))
-    if not bundled:
+    fill(lance, checkpoint.model_file, device, dtype, elsewhere=separate_parts(checkpoint))
+    return complete(lance, checkpoint, device, dtype)
+
+
+def separate_parts(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Key prefixes that the model's file does not hold: the vision tower's in the image layout."""
+    return () if checkpoint.vit_file is None else (VIT_PREFIX,)
+
+
+def complete(lance: Lance, checkpoint: Checkpoint, device, dtype: torch.dtype) -> Lance:
+    """Fill the vision tower where it has a file of its own, and move what was computed on the CPU to the weights."""
+    from lance_quant.checkpoint.fill import fill
+
+    if checkpoint.vit_file is not None:
         fill(lance.vit_model, checkpoint.vit_file, device, dtype)
-    place_buffers(lance, device)
-    return lance
-
-
-def place_buffers(lance: Lance, device) -> None:
-    """Move what was computed at construction, on the CPU, to where the weights are."""
     for module in lance.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
+    return lance

@@ -1,6 +1,7 @@
 """The Wan 2.2 VAE: `diffusers`' AutoencoderKLWan under upstream's key names (Lance spec sec. 15 and 22)."""
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -171,17 +172,41 @@ def read_vae_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise LanceQuantError(f"{path} is not a plain state dict of the VAE ({reason}): fetch the file again") from None
 
 
-def load_vae(path: Path, device="cpu", dtype: torch.dtype = torch.float32) -> WanVAE:
-    """Read a VAE file strictly, its widths from its tensors. LanceQuantError where keys or shapes differ."""
-    tensors = read_vae_tensors(path)
+def check_vae(path: Path) -> None:
+    """Are the file's keys and shapes those of a Wan 2.2 VAE? Reads no values. Raises LanceQuantError where not."""
+    from lance_quant.checkpoint.fill import check_keys
+    from lance_quant.checkpoint.reader import TensorReader
+
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        with TensorReader(path) as reader:
+            shapes = {name: reader.shape(name) for name in reader.names()}
+    else:
+        shapes = {name: tuple(tensor.shape) for name, tensor in read_vae_tensors(path).items()}
+    wanted = {name: tuple(value.shape) for name, value in _empty_vae(path, shapes).state_dict().items()}
+    found = {diffusers_key(name): shape for name, shape in shapes.items()}
+    check_keys(path, wanted, list(found))
+    for name, shape in wanted.items():
+        if found[name] != shape:
+            raise LanceQuantError(f"{path}: '{name}' is {list(found[name])}, a VAE of its widths has {list(shape)}")
+
+
+def _empty_vae(path: Path, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
+    """A VAE of the widths that a file's shapes tell, on the meta device."""
     try:
-        base = tensors["encoder.conv1.weight"].shape[0]
-        decoder_base = tensors["decoder.head.2.weight"].shape[1]
-        latent_channels = tensors["conv2.weight"].shape[0]
+        base = shapes["encoder.conv1.weight"][0]
+        decoder_base = shapes["decoder.head.2.weight"][1]
+        latent_channels = shapes["conv2.weight"][0]
     except KeyError as error:
         raise LanceQuantError(f"{path} lacks the tensor {error}: it is not a Wan 2.2 VAE") from None
     with torch.device("meta"):
-        autoencoder = build_vae(base, decoder_base, latent_channels)
+        return build_vae(base, decoder_base, latent_channels)
+
+
+def load_vae(path: Path, device="cpu", dtype: torch.dtype = torch.float32) -> WanVAE:
+    """Read a VAE file strictly, its widths from its tensors. LanceQuantError where keys or shapes differ."""
+    tensors = read_vae_tensors(path)
+    autoencoder = _empty_vae(path, {name: tensor.shape for name, tensor in tensors.items()})
     state = {diffusers_key(name): tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
     try:
         autoencoder.load_state_dict(state, strict=True, assign=True)

@@ -1,5 +1,5 @@
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -116,7 +116,7 @@ def test_meta_of_the_published_recipe_is_the_golden_one(tmp_path, monkeypatch):
     )
     golden_meta = json.loads((FOLDER / "published_awq_g32_meta.json").read_text())
     meta = json.loads((out / "awq_meta.json").read_text())
-    assert meta.pop("recipe") == "published"
+    assert meta.pop("recipe") == asdict(recipe)
     assert meta == golden_meta and list(meta) == list(golden_meta)
     made = load_file(out / "awq_state_dict.safetensors")
     for key, tensor in load_file(FOLDER / "published_awq_g32.safetensors").items():

@@ -2,7 +2,9 @@
 
     python -m tests.flows.stand_ins checkpoint.path=...     # `python -m flows.full_run` over the stand-ins
 
-Each call appends its name to $CALLS. Layer $SLOW_FROM and those after it take $SECONDS each; layer $BROKEN raises.
+Each call appends its name to $CALLS. Layer $SLOW_FROM and those after it take $SECONDS each; layer or stage $BROKEN
+raises, stage $REFUSED finds bad input. Capture shows $GEN_TOKENS tokens to the generation path and takes
+$CAPTURE_SECONDS, in units of work of a tenth.
 """
 
 import hashlib
@@ -16,8 +18,11 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from lance_quant.errors import LanceQuantError
+
 LAYERS = 4
 SCORE = 0.25
+TOKENS = 1000
 
 CONFIG = {
     "hidden_size": 128,
@@ -62,7 +67,7 @@ class CheckpointSummary:
 
 @dataclass(frozen=True)
 class CaptureSummary:
-    uncovered: list
+    tokens: dict
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,10 @@ class Written:
 def called(name: str) -> None:
     with open(os.environ["CALLS"], "a") as calls:
         calls.write(f"{name}\n")
+    if name == os.environ.get("REFUSED"):
+        raise LanceQuantError("the picture is not a picture: fetch it again")
+    if name == os.environ.get("BROKEN"):
+        raise RuntimeError("device lost")
 
 
 def inspect_checkpoint(checkpoint, hash_cache):
@@ -96,16 +105,18 @@ def inspect_checkpoint(checkpoint, hash_cache):
 def capture(checkpoint, cfg, out, device, progress=None):
     called("capture")
     (out / "coverage.parquet").write_bytes(b"1")
-    progress(1, 1, "samples")
-    return CaptureSummary(uncovered=os.environ.get("UNCOVERED", "").split())
+    units = int(10 * float(os.environ.get("CAPTURE_SECONDS", "0.1")))
+    for unit in range(units):
+        time.sleep(0.1 if units > 1 else 0)
+        progress(unit + 1, units, "samples")
+    gen = int(os.environ.get("GEN_TOKENS", TOKENS))
+    return CaptureSummary({"x2t_image": {"und": TOKENS, "gen": 0}, "t2i": {"und": 0, "gen": gen}})
 
 
 def search_layer(job, out, device):
     called(f"search-{job.layer}")
     if job.layer >= int(os.environ.get("SLOW_FROM", LAYERS)):
         time.sleep(float(os.environ["SECONDS"]))
-    if str(job.layer) == os.environ.get("BROKEN"):
-        raise RuntimeError("device lost")
     (out / "layer.safetensors").write_bytes(b"1")
     return Summary()
 

@@ -1,11 +1,17 @@
 """Every mistake a user can make in a command: one sentence, exit code 2, no traceback."""
 
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from tests.flows.conftest import NO_SERVER, ROOT
+from tasks.config import compose_config, register
+from tests.flows.conftest import NO_SERVER, ROOT, full_run
 
 MISTAKES = {
     "grup_size=64": "Key 'grup_size' not in 'RunConfig'",
@@ -24,11 +30,15 @@ MISTAKES = {
     "bits=9": "bits=9 does not fit",
     "seed=-1": "seed=-1 must",
     "runner.devices=3": "runner.devices=3 must be auto or a list",
+    "runner.devices=[cpu0]": "runner.devices has no 'cpu0'; choose from cpu, cuda:0",
+    "runner.devices=[cuda:99]": "runner.devices names cuda:99, but this machine has",
     "runner.workers=-1": "runner.workers=-1 must",
     "artifacts=''": "artifacts must name a folder",
     "calibration.tasks=[paint]": "paint",
     "recipe.scoring=magic": "scoring has no 'magic'",
     "checkpoint.image_edge=100": "checkpoint.image_edge=100 must be a positive multiple of 16",
+    "checkpoint.image_edge=1040": "checkpoint.image_edge=1040 is beyond the position table of",
+    "checkpoint=video": "model.safetensors holds no vision tower, so it is an image model: choose checkpoint=image",
     "checkpoint.path=/nowhere": "is not at /nowhere: get it from https://huggingface.co/bytedance-research/Lance "
     "and give its folder as checkpoint.path=...",
 }
@@ -36,16 +46,20 @@ MISTAKES = {
 
 @pytest.mark.parametrize("override", MISTAKES)
 def test_one_sentence(bench, override, monkeypatch, capsys):
+    assert MISTAKES[override] in refusal(bench, monkeypatch, capsys, override)
+
+
+def refusal(bench, monkeypatch, capsys, *overrides: str) -> str:
+    """The one sentence with which the command ends."""
     from flows.command import run_command
     from flows.full_run import main
-    from tasks.config import register
 
-    group = override.split("=")[0].lstrip("+~")
-    others = [given for given in bench.overrides if given.split("=")[0] != group]
+    groups = [override.split("=")[0].lstrip("+~") for override in overrides]
+    others = [given for given in bench.overrides if given.split("=")[0] not in groups]
     monkeypatch.setenv("PREFECT_API_URL", NO_SERVER)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.chdir(bench.folder)
-    monkeypatch.setattr(sys, "argv", ["flows.full_run", *others, override])
+    monkeypatch.setattr(sys, "argv", ["flows.full_run", *others, *overrides])
     register()
     with pytest.raises(SystemExit) as ended:
         run_command(main)
@@ -53,7 +67,59 @@ def test_one_sentence(bench, override, monkeypatch, capsys):
     assert ended.value.code == 2
     assert out == ""
     assert err.startswith("error: ") and err.count("\n") == 1
-    assert MISTAKES[override] in err
+    return err
+
+
+def test_a_group_size_that_a_searched_fold_cannot_take(bench, monkeypatch, capsys):
+    """Recipe published falls back for the other linears only."""
+    assert "group_size=48 does not divide the 128 inputs" in refusal(
+        bench, monkeypatch, capsys, "recipe=published", "group_size=48"
+    )
+
+
+def test_a_video_model_called_image(bench, monkeypatch, capsys):
+    save_file({"vit_model.weight": np.zeros(1, np.float32)}, bench.checkpoint / "model.safetensors")
+    assert "holds a vision tower, so it is a video model: choose checkpoint=video" in refusal(
+        bench, monkeypatch, capsys, "checkpoint=image"
+    )
+
+
+def wrong_size(root):
+    file = root / "Lance_tiny" / "llm_config.json"
+    file.write_text(file.read_text().replace('"intermediate_size": 256', '"intermediate_size": 512'))
+
+
+def truncated_tower(root):
+    file = root / "Qwen2.5-VL-ViT" / "vit.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (wrong_size, r"/model\.safetensors: '.*' is \[.*256.*\], the config asks for \[.*512.*\]"),
+        (truncated_tower, r"/vit\.safetensors is truncated"),
+    ],
+)
+def test_a_checkpoint_that_load_refuses(bench, prefect_url, damage, words):
+    shipped = Path(compose_config([]).checkpoint.path).parent
+    shutil.copytree(shipped, bench.folder / "weights")
+    damage(bench.folder / "weights")
+    done = full_run(
+        f"checkpoint.path={bench.folder / 'weights' / 'Lance_tiny'}",
+        f"artifacts={bench.artifacts}",
+        PREFECT_API_URL=prefect_url,
+    )
+    assert done.returncode == 2, done.stderr
+    assert re.match(f"error: .*{words}", done.stderr.splitlines()[-1]), done.stderr
+    assert "Traceback" not in done.stderr and "Unfinished" not in done.stderr
+
+
+def test_bad_input_to_a_later_stage(bench, prefect_url):
+    done = bench.run(PREFECT_API_URL=prefect_url, REFUSED="baseline")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1] == "error: the picture is not a picture: fetch it again"
+    assert "Traceback" not in done.stderr and "Unfinished" not in done.stderr
 
 
 def test_real_checkpoint_that_is_not_there(bench):

@@ -1,8 +1,13 @@
 """The flow over stand-ins, against a running server: what is done, what shows as Cached, what a fault leaves."""
 
+import json
+import os
+from pathlib import Path
+
 import pytest
 
 from lance_quant.errors import LanceQuantError
+from tasks.store import MANIFEST
 from tests.flows.stand_ins import LAYERS, SCORE
 
 SEARCHES = [f"search-{layer}" for layer in range(LAYERS)]
@@ -83,7 +88,7 @@ def test_changed_checkpoint_file_changes_everything(stages, config):
 
 
 def test_one_broken_layer_leaves_the_others(stages, config, monkeypatch):
-    monkeypatch.setenv("BROKEN", "2")
+    monkeypatch.setenv("BROKEN", "search-2")
     with pytest.raises(LanceQuantError, match=r"search failed in layer 2 of 4 \(RuntimeError: device lost\)"):
         run(config())
     took = stages.took()
@@ -96,12 +101,42 @@ def test_one_broken_layer_leaves_the_others(stages, config, monkeypatch):
 
 
 def test_uncovered_linears_stop_the_run_unless_allowed(stages, config, monkeypatch):
-    monkeypatch.setenv("UNCOVERED", "model.layers.0.mlp.up_proj model.layers.0.mlp.down_proj")
-    with pytest.raises(LanceQuantError, match=r"^2 linears saw fewer than .*allow_uncovered=true$"):
+    monkeypatch.setenv("GEN_TOKENS", "255")
+    with pytest.raises(LanceQuantError, match=rf"^{7 * LAYERS} linears saw fewer than .*allow_uncovered=true$"):
         run(config())
     assert "search-0" not in stages.took()
-    run(config("allow_uncovered=true"))
+    outcome = run(config("allow_uncovered=true"))
     assert stages.took()["search-0"] == 1
+
+    named = json.loads((outcome.html.parent / MANIFEST).read_text())["summary"]["uncovered"]
+    assert len(named) == 7 * LAYERS
+    assert named[0] == "language_model.model.layers.0.self_attn.q_proj_moe_gen"
+
+
+def test_asking_for_fewer_tokens_captures_nothing_anew(stages, config, monkeypatch):
+    monkeypatch.setenv("GEN_TOKENS", "255")
+    with pytest.raises(LanceQuantError, match="fewer than calibration.min_tokens=256"):
+        run(config())
+    stages.took()
+    run(config("calibration.min_tokens=255"))
+    assert set(stages.took()) == EVERYTHING - {"capture"}
+
+
+@pytest.mark.parametrize("stage", ["capture", "baseline", "pack", "evaluate", "report"])
+def test_the_error_is_that_of_the_stage_that_failed(stages, config, monkeypatch, stage):
+    monkeypatch.setenv("BROKEN", stage)
+    with pytest.raises(RuntimeError, match="^device lost$"):
+        run(config())
+
+
+def test_a_stored_fault_is_no_pickle(stages, config, monkeypatch):
+    storage = Path(os.environ["PREFECT_HOME"]) / "storage"
+    before = set(storage.glob("*"))
+    monkeypatch.setenv("BROKEN", "baseline")
+    with pytest.raises(RuntimeError, match="^device lost$"):
+        run(config())
+    stored = [json.loads(file.read_text()) for file in storage.glob("*") if file not in before]
+    assert stored == [{"__exc_type__": "builtins.RuntimeError", "message": "device lost"}]
 
 
 def test_bad_input_is_neither_tried_again_nor_traced(stages, config, monkeypatch, caplog):

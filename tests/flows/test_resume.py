@@ -59,6 +59,17 @@ def test_ctrl_c_ends_within_seconds_and_says_how_to_go_on(bench, reporting):
     assert "Traceback" not in err
 
 
+def test_ctrl_c_between_two_units_of_work_shows_no_fault(bench, reporting):
+    process = bench.start(CAPTURE_SECONDS=str(SECONDS))
+    wait_for(bench, "capture")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=SECONDS / 2)
+    assert process.returncode == 130
+    assert "run the same command to go on" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert drafts(bench) == []
+
+
 def test_two_runs_at_once_share_the_work(bench, reporting):
     runs = [bench.start(SLOW_FROM="0", SECONDS="0.5") for _ in range(2)]
     for process in runs:

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lance_quant.errors import LanceQuantError
-from lance_quant.model.vae import LATENT_MEAN, LATENT_STD, load_vae, to_uint8
+from lance_quant.model.vae import LATENT_MEAN, LATENT_STD, check_vae, load_vae, to_uint8
 from tests.golden_cases import FOLDER, RECORDED
 
 FILE = FOLDER / "tiny_wan22_vae.safetensors"
@@ -60,3 +60,21 @@ def test_refuses_what_is_not_a_vae(tmp_path):
 
 def test_to_uint8():
     assert to_uint8(torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1, 1)).flatten().tolist() == [0, 128, 255]
+
+
+def test_a_file_is_checked_without_reading_values(tmp_path):
+    check_vae(FILE)
+    tensors = load_file(FILE)
+    torch.save(tensors, tmp_path / "vae.pth")
+    check_vae(tmp_path / "vae.pth")
+    faults = {
+        "lacks tensor 'decoder.conv_in.bias'": lambda t: t.pop("decoder.conv1.bias"),
+        r"'quant_conv.bias' is \[95\]": lambda t: t.update({"conv1.bias": torch.zeros(95)}),
+        "lacks the tensor 'conv2.weight'": lambda t: t.pop("conv2.weight"),
+    }
+    for sentence, change in faults.items():
+        broken = dict(tensors)
+        change(broken)
+        save_file(broken, tmp_path / "vae.safetensors")
+        with pytest.raises(LanceQuantError, match=sentence):
+            check_vae(tmp_path / "vae.safetensors")

@@ -16,6 +16,7 @@ NEW = {
     "recipe=published": {"search"} | AFTER_SEARCH,
     "recipe.alphas=11": {"search"} | AFTER_SEARCH,
     "calibration.samples=7": {"capture", "search"} | AFTER_SEARCH,
+    "calibration.min_tokens=7": {"report"},
     "evaluation.steps=7": {"baseline", "evaluate", "report"},
     "checkpoint.image_edge=64": {"capture", "search", "baseline"} | AFTER_SEARCH,
     "seed=1": ALL - {"load"},

@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 
+from lance_quant.errors import LanceQuantError
 from tasks import stage
 from tasks.config import RunnerConfig
 from tasks.stage import Devices, Progress, Stopped
@@ -27,8 +28,22 @@ def stopped():
         (["cuda:0", "cuda:1"], 1, ["cuda:0"]),
     ],
 )
-def test_devices_share_the_workers_in_turn(devices, workers, expected):
+def test_devices_share_the_workers_in_turn(devices, workers, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert Devices.of(RunnerConfig(devices=devices, workers=workers)).names == expected
+
+
+@pytest.mark.parametrize(("given", "name"), [("cuda", "cuda:0"), ("cuda:1", "cuda:1"), ("cpu:0", "cpu")])
+def test_a_device_has_one_spelling(given, name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert Devices.of(RunnerConfig(devices=[given])).names == [name]
+
+
+@pytest.mark.parametrize("given", ["cuda:2", "cuda:-1", "cpu0", "meta", ""])
+def test_a_device_that_is_not_there_is_refused(given, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(LanceQuantError, match=f"runner.devices .*{given}.*choose from"):
+        Devices.of(RunnerConfig(devices=["cpu", given]))
 
 
 def test_auto_finds_a_device():
@@ -97,5 +112,6 @@ def test_a_small_model_on_the_cpu_takes_one_thread():
             assert torch.get_num_threads() == 2
         with Devices(["cpu"]).lease(128):
             assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -93,7 +93,16 @@ def missing_manifest(folder):
     (folder / MANIFEST).unlink()
 
 
-@pytest.mark.parametrize("damage", [missing_file, truncated_file, missing_manifest])
+def empty_manifest(folder):
+    (folder / MANIFEST).write_text("")
+
+
+def half_a_manifest(folder):
+    text = (folder / MANIFEST).read_text()
+    (folder / MANIFEST).write_text(text[: len(text) // 2])
+
+
+@pytest.mark.parametrize("damage", [missing_file, truncated_file, missing_manifest, empty_manifest, half_a_manifest])
 def test_damaged_artifact_is_rebuilt_whole(store, damage):
     build = Build()
     folder = store.keep(IDENTITY, build).artifact.path
