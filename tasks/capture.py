@@ -8,7 +8,7 @@ from prefect.cache_policies import NO_CACHE
 
 from lance_quant.checkpoint.layout import PATHS, open_checkpoint, targets
 from lance_quant.errors import LanceQuantError
-from tasks.config import RunConfig, pixel_edges, read_fields
+from tasks.config import RunConfig, read_fields, sample_fields
 from tasks.stage import Devices, Progress, as_state, log
 from tasks.store import Artifact, Identity, Store
 
@@ -23,7 +23,7 @@ def capture(cfg: RunConfig, loaded: Artifact, devices: Devices) -> Artifact:
         stage="capture",
         revision=REVISION,
         upstream={"load": loaded.key},
-        config=read_fields(cfg.calibration, "min_tokens") | pixel_edges(cfg.checkpoint),
+        config=read_fields(cfg.calibration, "min_tokens") | sample_fields(cfg.checkpoint),
     )
 
     def build(out: Path) -> dict:

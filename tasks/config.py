@@ -3,7 +3,7 @@
 `resolve` turns Hydra's composed config into it strictly: a key that the tree does not know is an error, `+x=1` too.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from lance_quant.calibration.config import CalibrationConfig
 from lance_quant.checkpoint.config import CheckpointConfig
 from lance_quant.errors import LanceQuantError
 from lance_quant.evaluation.config import EvaluationConfig
+from lance_quant.tiny import SCENES_REVISION
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
+CHANGED = " (changed)"
 
 
 @dataclass(kw_only=True)
@@ -65,8 +67,9 @@ class RunConfig:
         if self.group_size < 1:
             raise LanceQuantError(f"group_size={self.group_size} must be at least 1")
         check_packable(self.bits)
-        if not 0 <= self.seed < 2**63:
-            raise LanceQuantError(f"seed={self.seed} must lie between 0 and 2**63 - 1")
+        if not 0 <= self.seed < 2**32:
+            raise LanceQuantError(f"seed={self.seed} must lie between 0 and 2**32 - 1")
+        self.recipe.name = honest_name(self.recipe)
         if not self.artifacts:
             raise LanceQuantError("artifacts must name a folder, for example artifacts=artifacts")
 
@@ -100,6 +103,14 @@ def read_fields(config: Any, *without: str) -> dict:
     return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("name", *without)}
 
 
-def pixel_edges(config: CheckpointConfig) -> dict[str, int]:
-    """The two checkpoint settings that are not in its files."""
-    return {"image_edge": config.image_edge, "vit_edge": config.vit_edge}
+def sample_fields(config: CheckpointConfig) -> dict[str, int]:
+    """What shapes samples beside a stage's own settings: picture sizes, and how scenes are drawn."""
+    return {"image_edge": config.image_edge, "vit_edge": config.vit_edge, "scenes": SCENES_REVISION}
+
+
+def honest_name(recipe: RecipeConfig) -> str:
+    """The recipe's name if it is the one of conf/recipe/ in every field, else marked: reports and metadata say it."""
+    file = CONF / "recipe" / f"{recipe.name}.yaml"
+    if file.is_file() and OmegaConf.to_container(OmegaConf.load(file)) == asdict(recipe):
+        return recipe.name
+    return recipe.name if recipe.name.endswith(CHANGED) else recipe.name + CHANGED

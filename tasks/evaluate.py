@@ -7,7 +7,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from lance_quant.checkpoint.layout import open_checkpoint
-from tasks.config import RunConfig, pixel_edges, read_fields
+from tasks.config import RunConfig, read_fields, sample_fields
 from tasks.stage import Devices, Progress, as_state
 from tasks.store import Artifact, Identity, Store
 
@@ -22,7 +22,7 @@ def baseline(cfg: RunConfig, loaded: Artifact, devices: Devices) -> Artifact:
         stage="baseline",
         revision=BASELINE_REVISION,
         upstream={"load": loaded.key},
-        config=read_fields(cfg.evaluation) | pixel_edges(cfg.checkpoint),
+        config=read_fields(cfg.evaluation) | sample_fields(cfg.checkpoint),
     )
 
     def build(out: Path) -> dict:
@@ -42,7 +42,7 @@ def evaluate(cfg: RunConfig, loaded: Artifact, packed: Artifact, reference: Arti
         stage="evaluate",
         revision=REVISION,
         upstream={"load": loaded.key, "pack": packed.key, "baseline": reference.key},
-        config=read_fields(cfg.evaluation) | pixel_edges(cfg.checkpoint),
+        config=read_fields(cfg.evaluation) | sample_fields(cfg.checkpoint),
     )
 
     def build(out: Path) -> dict:

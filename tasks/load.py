@@ -36,7 +36,14 @@ def load(cfg: RunConfig) -> Artifact:
     )
     for file in summary["files"].values():
         file["path"] = Path(file["path"]).name  # an artifact says what it was made of, not where that lay
-    return as_state(Store(cfg.artifacts).keep(identity, lambda out: summary))
+
+    def build(out: Path) -> dict:
+        from lance_quant.model.vae import check_vae
+
+        check_vae(checkpoint.vae_file)  # on a miss only: it imports diffusers, and the file's hash is in the key
+        return summary
+
+    return as_state(Store(cfg.artifacts).keep(identity, build))
 
 
 def open_run(cfg: RunConfig) -> Checkpoint:

@@ -6,10 +6,6 @@ from lance_quant.model.request import Request
 from lance_quant.tiny.language import INSTRUCTION, ask, caption
 from lance_quant.tiny.world import picture, sample_scene
 
-# in the keys of what is made from these requests: raise it where the same arguments give other requests
-# (tests/tiny/test_requests.py holds their digest)
-REVISION = 1
-
 
 def scene_requests(tasks: list[str], count: int, edge: int, *, seed: int, unseen: bool) -> list[Request]:
     """`count` requests a task, the same for the same seed.

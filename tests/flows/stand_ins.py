@@ -102,6 +102,10 @@ def inspect_checkpoint(checkpoint, hash_cache):
     return CheckpointSummary("image", LAYERS, {"und": 7 * LAYERS, "gen": 7 * LAYERS}, digest, files)
 
 
+def check_vae(path):
+    pass
+
+
 def capture(checkpoint, cfg, out, device, progress=None):
     called("capture")
     (out / "coverage.parquet").write_bytes(b"1")
@@ -149,6 +153,7 @@ def write_report(job, out):
 
 STAND_INS = {
     "lance_quant.checkpoint.inspect": inspect_checkpoint,
+    "lance_quant.model.vae": check_vae,
     "lance_quant.calibration.capture": capture,
     "lance_quant.awq.search": search_layer,
     "lance_quant.awq.pack": pack,

@@ -94,9 +94,15 @@ def truncated_tower(root):
     file.write_bytes(file.read_bytes()[:-1000])
 
 
+def truncated_vae(root):
+    file = root / "Wan2.2_VAE.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
+        (truncated_vae, r"/Wan2\.2_VAE\.safetensors is truncated"),
         (wrong_size, r"/model\.safetensors: '.*' is \[.*256.*\], the config asks for \[.*512.*\]"),
         (truncated_tower, r"/vit\.safetensors is truncated"),
     ],

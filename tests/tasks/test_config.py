@@ -61,3 +61,11 @@ def test_read_fields_leaves_the_name_out():
 def test_a_config_that_is_null_is_refused():
     with pytest.raises(LanceQuantError, match=r"recipe=null"):
         RunConfig(**{**vars(compose_config([])), "recipe": None})
+
+
+def test_a_changed_recipe_is_not_called_by_its_old_name():
+    assert compose_config(["recipe=published"]).recipe.name == "published"
+    assert compose_config(["recipe=minmax", "recipe.name=published"]).recipe.name == "published (changed)"
+    changed = compose_config(["recipe=awq", "recipe.alphas=11"])
+    assert changed.recipe.name == "awq (changed)"
+    assert RunConfig(**vars(changed)).recipe.name == "awq (changed)"
