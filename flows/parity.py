@@ -12,10 +12,10 @@ from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from flows.command import one_sentence, run_command
-from tasks.config import CONF
+from tasks.config import CONF, strict
 
 MISSED = 1
 
@@ -30,8 +30,7 @@ class ParityConfig:
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="parity")
 def main(composed: DictConfig) -> None:
     with one_sentence():
-        plain = OmegaConf.to_container(composed, resolve=True)
-        cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ParityConfig), plain))
+        cfg = strict(ParityConfig, composed)
         from lance_quant.model.parity import Golden, run_cases
 
         failed = 0

@@ -14,13 +14,13 @@ from pathlib import Path
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from flows import server
 from flows.command import one_sentence, run_command
 from lance_quant.errors import LanceQuantError
 from lance_quant.tiny.recipes import AutoencoderRecipe, LanceRecipe, MeasureRecipe
-from tasks.config import CONF
+from tasks.config import CONF, strict
 
 
 @dataclass(kw_only=True)
@@ -39,12 +39,6 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if min(self.vae_minutes, self.lance_minutes) <= 0:
             raise LanceQuantError("vae_minutes and lance_minutes must be above 0")
-
-
-def resolve(composed: DictConfig) -> TrainConfig:
-    """The typed config; unknown keys and wrong types raise."""
-    plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), plain))
 
 
 def train(cfg: TrainConfig) -> None:
@@ -72,7 +66,7 @@ def train(cfg: TrainConfig) -> None:
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train_tiny")
 def main(composed: DictConfig) -> None:
     with one_sentence():
-        cfg = resolve(composed)
+        cfg = strict(TrainConfig, composed)
         server.prepare()
         child = server.start(Path(HydraConfig.get().runtime.output_dir) / "server.log")
         if child:

@@ -87,8 +87,13 @@ def package_path(path: str) -> str:
 
 def resolve(composed: DictConfig) -> RunConfig:
     """The typed config of a composed one; unknown keys, wrong types and ranges raise."""
+    return strict(RunConfig, composed)
+
+
+def strict(schema: type, composed: DictConfig) -> Any:
+    """A composed config as `schema`, a dataclass tree: merged into the bare schema, which refuses what it lacks."""
     plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), plain))
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
 
 
 def compose_config(overrides: list[str]) -> RunConfig:

@@ -5,7 +5,7 @@ what a fold changed (norms, biases) is taken from the layer's search artifact.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,8 +20,7 @@ from lance_quant.checkpoint.native import FOLDED, META_FILE, PARTS, STATE_FILE, 
 from lance_quant.checkpoint.reader import PIECE_BYTES, TensorReader
 from lance_quant.checkpoint.writer import TensorWriter
 from lance_quant.errors import LanceQuantError
-
-Progress = Callable[[int, int, str], None]
+from lance_quant.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,21 @@ from lance_quant.errors import LanceQuantError
 
 STATISTICS = ("mean_abs", "mean_sq", "max_abs")
 
+STATISTICS_SCHEMA = pa.schema(
+    [("task", pa.string()), ("site", pa.string()), ("channel", pa.int32())]
+    + [(name, pa.float32()) for name in STATISTICS]
+)
+ROWS_SCHEMA = pa.schema(
+    [
+        ("task", pa.string()),
+        ("site", pa.string()),
+        ("sample", pa.int32()),
+        ("timestep", pa.float32()),
+        ("row", pa.list_(pa.uint16())),
+    ]
+)
+HIDDEN_SCHEMA = pa.schema([("sequence", pa.int32()), ("token", pa.int32()), ("state", pa.list_(pa.uint16()))])
+
 
 @dataclass(frozen=True, kw_only=True)
 class SiteActivations:

@@ -6,7 +6,6 @@ forward each, over the same cached context that generation uses.
 
 import random
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,9 +23,8 @@ from lance_quant.model.sampler import CachedFlow, FlowConfig, UncachedFlow, init
 from lance_quant.model.sequence import Sample
 from lance_quant.model.understanding import context_spans, forced_logits
 from lance_quant.model.vae import load_vae
+from lance_quant.progress import Progress
 from lance_quant.tiny.requests import scene_requests
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from lance_quant.calibration.activations import bit_patterns, layer_file
+from lance_quant.calibration.activations import (
+    HIDDEN_SCHEMA,
+    ROWS_SCHEMA,
+    STATISTICS_SCHEMA,
+    bit_patterns,
+    layer_file,
+)
 from lance_quant.checkpoint.layout import PATHS, SITES, layer_targets
 from lance_quant.model.lance import Lance
 from lance_quant.model.request import GENERATION
@@ -275,19 +281,3 @@ class Recorder:
 def _sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """To the device without waiting for it: a copy from pageable memory would."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
-STATISTICS_SCHEMA = pa.schema(
-    [("task", pa.string()), ("site", pa.string()), ("channel", pa.int32())]
-    + [(name, pa.float32()) for name in ("mean_abs", "mean_sq", "max_abs")]
-)
-ROWS_SCHEMA = pa.schema(
-    [
-        ("task", pa.string()),
-        ("site", pa.string()),
-        ("sample", pa.int32()),
-        ("timestep", pa.float32()),
-        ("row", pa.list_(pa.uint16())),
-    ]
-)
-HIDDEN_SCHEMA = pa.schema([("sequence", pa.int32()), ("token", pa.int32()), ("state", pa.list_(pa.uint16()))])

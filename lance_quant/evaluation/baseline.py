@@ -8,7 +8,6 @@ pictures/<name>.png              pictures drawn
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +33,7 @@ from lance_quant.model.sampler import guide, initial_state, run_flow, start_flow
 from lance_quant.model.sequence import Sample
 from lance_quant.model.understanding import answer, forced_logits
 from lance_quant.model.vae import WanVAE, load_vae, to_uint8
-
-Progress = Callable[[int, int, str], None]
+from lance_quant.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)

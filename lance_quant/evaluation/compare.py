@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from lance_quant.checkpoint.layout import Checkpoint
-from lance_quant.evaluation.baseline import Progress, draw
+from lance_quant.evaluation.baseline import draw
 from lance_quant.evaluation.config import EvaluationConfig
 from lance_quant.evaluation.distributions import compare_logits
 from lance_quant.evaluation.pictures import picture_scores, tensor_errors
@@ -32,6 +32,7 @@ from lance_quant.model.sampler import guide, is_guided, run_flow, start_flow, ti
 from lance_quant.model.sequence import Sample
 from lance_quant.model.understanding import answer, forced_logits
 from lance_quant.model.vae import load_vae
+from lance_quant.progress import Progress
 from lance_quant.runtime.lance import load_packed_lance
 
 

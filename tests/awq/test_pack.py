@@ -6,7 +6,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lance_quant.awq.pack as pack_module
-from lance_quant.awq.config import RecipeConfig
 from lance_quant.awq.pack import PackJob, pack
 from lance_quant.awq.search import LayerJob, search_layer
 from lance_quant.calibration.activations import SiteActivations
@@ -14,12 +13,10 @@ from lance_quant.checkpoint.layout import POSITION_TABLE, expected_shapes, targe
 from lance_quant.checkpoint.native import PARTS, packed_specs, unpack_nibbles
 from lance_quant.checkpoint.reader import PIECE_BYTES
 from lance_quant.errors import LanceQuantError
-from lance_quant.model.config import LanceConfig
 from lance_quant.model.parity import WEIGHTS
 from tests.golden_cases import FOLDER, GOLDEN
+from tests.published import MINMAX, PUBLISHED, PUBLISHED_SIZES
 from tests.random_layers import checkpoint_of, random_checkpoint, small_config
-
-MINMAX = RecipeConfig(name="minmax", scoring="none", folds=[])
 
 
 def packed(tmp_path, config=None, **changes):
@@ -70,15 +67,6 @@ def test_round_trip(tmp_path):
 def test_meta_of_the_published_recipe_is_the_golden_one(tmp_path, monkeypatch):
     """Through search_layer and pack: only `recipe` is new in the meta file, the tensors are the golden bytes."""
     statistics = load_file(FOLDER / "published_awq_stats.safetensors")
-    recipe = RecipeConfig(
-        name="published",
-        scoring="synthetic",
-        families=["activation_over_weight"],
-        source_bf16=True,
-        zero_in_range=False,
-        bf16_scale_codes=False,
-        group_fallback=True,
-    )
     checkpoint = checkpoint_of(FOLDER / WEIGHTS, GOLDEN.config())
 
     def sites_of(folder, layer):
@@ -104,19 +92,19 @@ def test_meta_of_the_published_recipe_is_the_golden_one(tmp_path, monkeypatch):
     layers = [tmp_path / "0", tmp_path / "1"]
     for layer, folder in enumerate(layers):
         folder.mkdir()
-        job = LayerJob(checkpoint=checkpoint, layer=layer, capture=tmp_path, recipe=recipe, group_size=32, bits=4)
+        job = LayerJob(checkpoint=checkpoint, layer=layer, capture=tmp_path, recipe=PUBLISHED, group_size=32, bits=4)
         search_layer(job, folder, "cpu")
     out = tmp_path / "out"
     out.mkdir()
     pack(
         PackJob(
-            checkpoint=checkpoint, layers=layers, recipe=recipe, group_size=32, bits=4, tasks_calibrated=["fixture"]
+            checkpoint=checkpoint, layers=layers, recipe=PUBLISHED, group_size=32, bits=4, tasks_calibrated=["fixture"]
         ),
         out,
     )
     golden_meta = json.loads((FOLDER / "published_awq_g32_meta.json").read_text())
     meta = json.loads((out / "awq_meta.json").read_text())
-    assert meta.pop("recipe") == asdict(recipe)
+    assert meta.pop("recipe") == asdict(PUBLISHED)
     assert meta == golden_meta and list(meta) == list(golden_meta)
     made = load_file(out / "awq_state_dict.safetensors")
     for key, tensor in load_file(FOLDER / "published_awq_g32.safetensors").items():
@@ -151,21 +139,6 @@ def test_refusals(tmp_path):
         pack(job, tmp_path)
 
 
-REAL = {
-    "hidden_size": 2048,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 2,
-    "vocab_size": 151936,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "rope_scaling": {"mrope_section": [16, 24, 24]},
-    "eos_token_id": 151645,
-    "vision_start": 151652,
-    "vision_end": 151653,
-    "video_token_id": 151656,
-}
 VIDEO_VIT_PARAMETERS = 668_684_288
 
 
@@ -179,7 +152,7 @@ VIDEO_VIT_PARAMETERS = 668_684_288
 )
 def test_sizes_of_the_real_models(group_size, image, video):
     """Tensor bytes of both published models, from shapes alone."""
-    config = LanceConfig.from_dict(REAL, tokenizer_length=151665)
+    config = PUBLISHED_SIZES
     groups = {target.name: group_size for target in targets(config)}
     assert len(groups) == 504
     shapes = expected_shapes(config)

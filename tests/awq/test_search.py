@@ -19,6 +19,7 @@ from lance_quant.checkpoint.native import FOLDED, PLAIN, UNSEEN, pack_nibbles
 from lance_quant.errors import LanceQuantError
 from lance_quant.model.parity import WEIGHTS
 from tests.golden_cases import FOLDER, GOLDEN
+from tests.published import AWQ, MINMAX, PUBLISHED
 from tests.random_layers import (
     checkpoint_of,
     random_checkpoint,
@@ -27,18 +28,6 @@ from tests.random_layers import (
     random_sites,
     small_config,
 )
-
-PUBLISHED = RecipeConfig(
-    name="published",
-    scoring="synthetic",
-    families=["activation_over_weight"],
-    source_bf16=True,
-    zero_in_range=False,
-    bf16_scale_codes=False,
-    group_fallback=True,
-)
-MINMAX = RecipeConfig(name="minmax", scoring="none", folds=[])
-AWQ = RecipeConfig(name="awq")
 
 
 def small_job(recipe: RecipeConfig, **changes) -> LayerJob:

@@ -16,28 +16,10 @@ from lance_quant.checkpoint.layout import (
     vision_shapes,
 )
 from lance_quant.errors import LanceQuantError
-from lance_quant.model.config import LanceConfig
 from lance_quant.model.lance import build_lance, load_lance
+from tests.published import PUBLISHED_SIZES
 from tests.random_checkpoint import VISION, random_checkpoint, write_random_checkpoint
 
-PUBLISHED = LanceConfig.from_dict(
-    {
-        "hidden_size": 2048,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "rope_scaling": {"mrope_section": [16, 24, 24]},
-        "eos_token_id": 151645,
-        "vision_start_token_id": 151652,
-        "vision_end_token_id": 151653,
-        "video_token_id": 151656,
-    },
-    tokenizer_length=151665,
-)
 PUBLISHED_VISION = {
     "depth": 32,
     "hidden_size": 1280,
@@ -50,17 +32,17 @@ PUBLISHED_VISION = {
 
 def test_the_published_models_arithmetic():
     """Lance spec sec. 1 and 3: tensors, parameters and targets of both variants."""
-    shapes = expected_shapes(PUBLISHED)
+    shapes = expected_shapes(PUBLISHED_SIZES)
     parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
     assert len(shapes) + 1 == 1021 and parameters + 4096 * 2048 == 6_185_205_808
     tower = vision_shapes(PUBLISHED_VISION)
     eyes = sum(torch.Size(shape).numel() for shape in tower.values())
     assert len(tower) == 390 and eyes == 668_684_288
     assert len(shapes) + len(tower) + 1 == 1411 and parameters + eyes + 126976 * 2048 == 7_105_548_336
-    found = targets(PUBLISHED)
+    found = targets(PUBLISHED_SIZES)
     assert len(found) == 504 and sum(target.path == "gen" for target in found) == 252
     assert sum(target.in_features * target.out_features for target in found) == 5_549_064_192
-    assert PUBLISHED.max_latent_frames == 31
+    assert PUBLISHED_SIZES.max_latent_frames == 31
 
 
 def test_shapes_are_those_of_the_modules(tmp_path):
