@@ -33,6 +33,8 @@ def served(shipped_run, prefect_url, client, tmp_path):
             env=os.environ | {"PREFECT_API_URL": prefect_url},
             stdout=output,
             stderr=subprocess.STDOUT,
+            # tests started in the background inherit an ignored SIGINT, and this process would too
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     yield wait(lambda: named(client, "scheduled-run/nightly"), log)
     process.send_signal(signal.SIGINT)
