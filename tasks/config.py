@@ -110,7 +110,8 @@ def read_fields(config: Any, *without: str) -> dict:
 
 def sample_fields(config: CheckpointConfig) -> dict[str, int]:
     """What shapes samples beside a stage's own settings: picture sizes, and how scenes are drawn."""
-    return {"image_edge": config.image_edge, "vit_edge": config.vit_edge, "scenes": SCENES_REVISION}
+    edges = ("image_edge", "vit_edge", "video_edge", "video_vit_edge")
+    return {name: getattr(config, name) for name in edges} | {"scenes": SCENES_REVISION}
 
 
 def honest_name(recipe: RecipeConfig) -> str:

@@ -67,11 +67,12 @@ def check_layout(checkpoint: Checkpoint) -> None:
 def check_picture_size(checkpoint: Checkpoint) -> None:
     """Refuse pictures whose latents are more than the position table has rows for."""
     most = checkpoint.config.max_latent_size * SPATIAL_DOWNSAMPLE
-    if checkpoint.image_edge > most:
-        raise LanceQuantError(
-            f"checkpoint.image_edge={checkpoint.image_edge} is beyond the position table of {checkpoint.folder}: "
-            f"at most {most} pixels"
-        )
+    for field, preset in (("image_edge", checkpoint.pictures), ("video_edge", checkpoint.clips)):
+        if preset.image_edge > most:
+            raise LanceQuantError(
+                f"checkpoint.{field}={preset.image_edge} is beyond the position table of {checkpoint.folder}: "
+                f"at most {most} pixels"
+            )
 
 
 def fixed_groups(recipe: RecipeConfig, config: LanceConfig) -> list[Target]:

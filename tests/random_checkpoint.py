@@ -81,7 +81,7 @@ def write_random_checkpoint(root: Path, layout: str = "image", layers: int = 2, 
         save_file(tower, vit / "vit.safetensors")
     save_file(tensors, folder / "model.safetensors")
     shutil.copy(FOLDER / "tiny_wan22_vae.safetensors", root / "Wan2.2_VAE.safetensors")
-    return CheckpointConfig(name="random", path=str(folder), image_edge=64, vit_edge=56)
+    return CheckpointConfig(name="random", path=str(folder), image_edge=64, vit_edge=56, video_edge=64, video_vit_edge=56)
 
 
 def random_checkpoint(root: Path, **settings) -> Checkpoint:

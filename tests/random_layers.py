@@ -17,6 +17,7 @@ from lance_quant.checkpoint.layout import (
     norm_name,
 )
 from lance_quant.model.config import LanceConfig
+from lance_quant.model.resolution import Preset
 
 
 def small_config(heads: int = 4, kv_heads: int = 2, bias: bool = True, layers: int = 1) -> LanceConfig:
@@ -79,8 +80,8 @@ def checkpoint_of(model_file: Path, config: LanceConfig) -> Checkpoint:
         vit_config_file=nowhere,
         vae_file=nowhere,
         config=config,
-        image_edge=128,
-        vit_edge=112,
+        pictures=Preset(128, 112),
+        clips=Preset(128, 112),
     )
 
 

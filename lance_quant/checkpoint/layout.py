@@ -10,6 +10,8 @@ from pathlib import Path
 from lance_quant.checkpoint.config import CheckpointConfig
 from lance_quant.errors import LanceQuantError
 from lance_quant.model.config import LanceConfig
+from lance_quant.model.request import CLIP_TASKS
+from lance_quant.model.resolution import Preset
 
 PATHS = ("und", "gen")
 SUFFIX = {"und": "", "gen": "_moe_gen"}
@@ -71,8 +73,12 @@ class Checkpoint:
     vit_config_file: Path
     vae_file: Path
     config: LanceConfig
-    image_edge: int
-    vit_edge: int
+    pictures: Preset
+    clips: Preset
+
+    def edges(self, task: str) -> Preset:
+        """Pixel budgets that a task is worked at."""
+        return self.clips if task in CLIP_TASKS else self.pictures
 
 
 def layer_prefix(layer: int) -> str:
@@ -223,8 +229,8 @@ def open_checkpoint(cfg: CheckpointConfig) -> Checkpoint:
         vit_config_file=vit_config,
         vae_file=vae_file,
         config=config,
-        image_edge=cfg.image_edge,
-        vit_edge=cfg.vit_edge,
+        pictures=Preset(cfg.image_edge, cfg.vit_edge),
+        clips=Preset(cfg.video_edge, cfg.video_vit_edge),
     )
 
 

@@ -1,34 +1,74 @@
-"""From a `Request` to a `Sample`: pixels, grids, prompt assembly."""
+"""From a `Request` to a `Sample`: pixels, grids, prompt assembly, clean latents, for all seven tasks."""
 
 from dataclasses import replace
 
+from PIL import Image
 from tokenizers import Tokenizer
 
 from lance_quant.errors import LanceQuantError
-from lance_quant.model.pixels import latent_grid, open_image, vit_patches, vit_pixels
-from lance_quant.model.prompts import assemble
-from lance_quant.model.request import Request
+from lance_quant.model.pixels import latent_grid, open_image, vae_pixels, vit_patches, vit_pixels
+from lance_quant.model.prompts import USER_BLOCKS, assemble
+from lance_quant.model.request import GIVEN, INSTRUCTIONS, TASKS, UNDERSTANDING, Request
+from lance_quant.model.resolution import Preset
 from lance_quant.model.sequence import Sample
+from lance_quant.model.vae import WanVAE
+
+MISSING = {"image": "a picture and got none: give image=FILE", "video": "a clip and got none: give video=FILE"}
 
 
-def prepare(request: Request, tokenizer: Tokenizer, vit_edge: int) -> Sample:
-    """The sequence of a question about a picture or of a picture to draw.
+def prepare(request: Request, tokenizer: Tokenizer, edges: Preset, vae: WanVAE | None = None) -> Sample:
+    """The sequence of a request, with its pixels and clean latents (Lance spec sec. 4 to 6).
 
-    vit_edge: the vision tower's pixel budget, as the edge of a square. Raises LanceQuantError where the picture or the
-    size that the task needs is missing.
+    edges: pixel budgets of what is given, as edges of a square. vae: encodes what i2v, image_edit and video_edit start
+    from. Raises LanceQuantError where the task is unknown, or the picture, clip or size that it needs is missing.
     """
-    if request.task == "x2t_image":
-        if request.image is None:
-            raise LanceQuantError(f"'{request.name}' asks about a picture and has none: give image=...")
-        patches, grid = vit_patches(vit_pixels([open_image(request.image)], vit_edge))
-        sample = assemble(request.task, tokenizer, request.prompt, instruction=request.instruction, vit_grid=grid)
-        return replace(sample, vit_patches=patches, vit_grids=(grid,))
-    if request.task == "t2i":
-        if min(request.height, request.width) < 16 or request.height % 16 or request.width % 16:
-            raise LanceQuantError(
-                f"'{request.name}' draws {request.width} x {request.height} pixels: both sides must be multiples of 16"
-            )
-        return assemble(
-            request.task, tokenizer, request.prompt, latent_grid=latent_grid(1, request.height, request.width)
+    task = request.task
+    if task not in TASKS:
+        raise LanceQuantError(f"task '{task}' is unknown: take one of {', '.join(TASKS)}")
+    frames = given_frames(request)
+    looks = "vit" in USER_BLOCKS[task]
+    patches, vit_grid = vit_patches(vit_pixels(frames, edges.vit_edge)) if looks else (None, None)
+    clean, target = None, None
+    if task not in UNDERSTANDING:
+        clean = vae.encode(vae_pixels(frames, edges.image_edge)) if frames else None
+        target = _target_grid(request, clean)
+    sample = assemble(
+        task,
+        tokenizer,
+        request.prompt,
+        instruction=request.instruction or INSTRUCTIONS.get(task, ""),
+        vit_grid=vit_grid,
+        latent_grid=target,
+    )
+    if looks:
+        sample = replace(sample, vit_patches=patches, vit_grids=(vit_grid,))
+    if clean is not None:  # of an edit the first block is the source, the second one drawn
+        sample = replace(sample, clean_latents=(clean,) if task == "i2v" else (clean, None))
+    return sample
+
+
+def given_frames(request: Request) -> list[Image.Image]:
+    """What the task looks at or starts from as RGB frames; none for t2i and t2v. LanceQuantError where it is missing."""
+    given = GIVEN.get(request.task)
+    if given is None:
+        return []
+    frames = [request.image] if given == "image" else list(request.video)
+    if not frames or frames[0] is None:
+        raise LanceQuantError(f"'{request.name}': task {request.task} needs {MISSING[given]}")
+    return [open_image(frame) for frame in frames]
+
+
+def _target_grid(request: Request, clean) -> tuple[int, int, int]:
+    """Latents (t, h, w) to draw: of the size asked for, or of what is given (Lance spec sec. 6)."""
+    if request.task in ("image_edit", "video_edit"):
+        return tuple(clean.shape[:3])
+    if request.frames < 1:
+        raise LanceQuantError(f"'{request.name}': frames={request.frames} must be at least 1")
+    frames = 1 if request.task == "t2i" else request.frames
+    if request.task == "i2v":
+        return (latent_grid(frames, 16, 16)[0], *clean.shape[1:3])
+    if min(request.height, request.width) < 16 or request.height % 16 or request.width % 16:
+        raise LanceQuantError(
+            f"'{request.name}' draws {request.width} x {request.height} pixels: both sides must be multiples of 16"
         )
-    raise LanceQuantError(f"task '{request.task}' cannot be prepared yet: take x2t_image or t2i")
+    return latent_grid(frames, request.height, request.width)

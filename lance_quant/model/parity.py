@@ -18,7 +18,8 @@ from lance_quant.errors import LanceQuantError
 from lance_quant.model.config import LanceConfig, read_json
 from lance_quant.model.embedders import latent_positions
 from lance_quant.model.lance import Lance
-from lance_quant.model.pixels import PRESETS, vae_pixels, vit_patches, vit_pixels
+from lance_quant.model.pixels import vae_pixels, vit_patches, vit_pixels
+from lance_quant.model.resolution import PRESETS
 from lance_quant.model.sampler import FlowConfig, Velocities, run_flow, start_flow
 from lance_quant.model.sequence import Sample
 from lance_quant.model.understanding import answer

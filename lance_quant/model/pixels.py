@@ -1,7 +1,5 @@
 """Pictures in and out: bucket resize, vision-tower patches, frame sampling (Lance spec sec. 6)."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from PIL import Image
@@ -13,24 +11,6 @@ PATCH, TEMPORAL_PATCH, MERGE = 14, 2, 2
 VIT_MEAN = (0.48145466, 0.4578275, 0.40821073)
 VIT_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_SECONDS, SAMPLED_FPS = 6.0, 12  # quirk Q13: longer clips are compressed in time
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Pixel budgets as edges of a square: of the VAE's and of the vision tower's input."""
-
-    image_edge: int
-    vit_edge: int
-
-
-PRESETS = {
-    "image_256res": Preset(256, 224),
-    "video_192p": Preset(256, 224),
-    "image_512res": Preset(512, 448),
-    "image_768res": Preset(768, 672),
-    "video_360p": Preset(480, 476),
-    "video_480p": Preset(640, 616),
-}
 
 
 def open_image(image: Image.Image) -> Image.Image:

@@ -10,19 +10,42 @@ GENERATION = ("t2i", "t2v", "i2v", "image_edit", "video_edit")
 TASKS = UNDERSTANDING + GENERATION
 
 
+# the system text of a question where none is given (Lance spec sec. 18)
+INSTRUCTIONS = {
+    "x2t_image": "Look at the image carefully and answer the question.",
+    "x2t_video": "Watch the video carefully and answer the question.",
+}
+
+# what the prompt of a task is about besides text: a field of `Request`
+GIVEN = {
+    "x2t_image": "image",
+    "image_edit": "image",
+    "i2v": "image",
+    "x2t_video": "video",
+    "video_edit": "video",
+}
+CLIP_TASKS = ("x2t_video", "t2v", "i2v", "video_edit")  # worked at the sizes of clips, the others at those of pictures
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One thing to do.
 
-    prompt: the question or the prompt; instruction: the system text of a question (Lance spec sec. 18);
-    image: picture to look at; height, width: pixels of the picture to draw; answer: the reference, where one is known.
+    prompt: the question, the prompt or the edit instruction; instruction: the system text of a question, the task's
+    own where empty. image: the picture that x2t_image asks about, image_edit changes and i2v starts from. video: the
+    frames that x2t_video and video_edit look at, sampled already (`pixels.sample_frames`). height, width: pixels to draw
+    (t2i, t2v; the other tasks take them from what is given); frames: of the clip to draw (t2v, i2v).
+    answer, target: the reference answer, and the picture (one frame) or clip that should come out, where known.
     """
 
     task: str
     name: str
     prompt: str
-    instruction: str = "Look at the image carefully and answer the question."
+    instruction: str = ""
     answer: str = ""
     image: Image.Image | None = None
+    video: tuple[Image.Image, ...] = ()
+    target: tuple[Image.Image, ...] = ()
     height: int = 0
     width: int = 0
+    frames: int = 1

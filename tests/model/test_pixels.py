@@ -8,6 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lance_quant.model import pixels
+from lance_quant.model.resolution import PRESETS
 from tests.golden_cases import FOLDER, RECORDED
 
 BUCKETS = RECORDED["preproc"]["buckets_hw"]
@@ -26,14 +27,14 @@ def picture():
 
 def test_vae_pixels(picture):
     image, tensors = picture
-    edge = pixels.PRESETS["image_256res"].image_edge
+    edge = PRESETS["image_256res"].image_edge
     assert torch.equal(pixels.vae_pixels([image], edge)[:, :, ::4, ::4], tensors["image_256res.vae_tensor_stride4"])
     assert torch.equal(pixels.vae_pixels([image], 96), tensors["small.vae_tensor"])
 
 
 def test_vit_patches(picture):
     image, tensors = picture
-    patches, grid = pixels.vit_patches(pixels.vit_pixels([image], pixels.PRESETS["image_256res"].vit_edge))
+    patches, grid = pixels.vit_patches(pixels.vit_pixels([image], PRESETS["image_256res"].vit_edge))
     assert [list(grid)] == RECORDED["preproc"]["image_256res.vit_grid_thw"]
     assert torch.equal(patches[:48], tensors["image_256res.vit_patches_first48"])
 
