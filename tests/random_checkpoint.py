@@ -56,7 +56,7 @@ def write_random_checkpoint(root: Path, layout: str = "image", layers: int = 2, 
         "rope_theta": 1e6,
         "rope_scaling": {"mrope_section": [4, 6, 6]},
         "max_latent_size": 16,
-        "max_num_frames": 1,
+        "max_num_frames": 1 if layout == "image" else 9,
         "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
         "vision_start_token_id": tokenizer.token_to_id("<|vision_start|>"),
         "vision_end_token_id": tokenizer.token_to_id("<|vision_end|>"),
@@ -74,7 +74,7 @@ def write_random_checkpoint(root: Path, layout: str = "image", layers: int = 2, 
 
     tensors = {name: tensor(name, shape) for name, shape in expected_shapes(config).items()}
     tower = {name: tensor(name, shape) for name, shape in vision_shapes(VISION).items()}
-    tensors[POSITION_TABLE] = torch.zeros(16 * 16, config.hidden_size)
+    tensors[POSITION_TABLE] = torch.zeros(16 * 16 * config.max_latent_frames, config.hidden_size)
     if layout == "video":
         tensors |= {VIT_PREFIX + name: value for name, value in tower.items()}
     else:

@@ -82,6 +82,7 @@ def checkpoint_of(model_file: Path, config: LanceConfig) -> Checkpoint:
         config=config,
         pictures=Preset(128, 112),
         clips=Preset(128, 112),
+        frames=5,
     )
 
 

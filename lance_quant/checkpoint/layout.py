@@ -75,6 +75,7 @@ class Checkpoint:
     config: LanceConfig
     pictures: Preset
     clips: Preset
+    frames: int
 
     def edges(self, task: str) -> Preset:
         """Pixel budgets that a task is worked at."""
@@ -231,6 +232,7 @@ def open_checkpoint(cfg: CheckpointConfig) -> Checkpoint:
         config=config,
         pictures=Preset(cfg.image_edge, cfg.vit_edge),
         clips=Preset(cfg.video_edge, cfg.video_vit_edge),
+        frames=cfg.frames,
     )
 
 

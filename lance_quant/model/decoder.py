@@ -4,12 +4,14 @@ Module names are upstream's, so that keys of a checkpoint are paths in this tree
 every sequence goes to the same expert.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lance_quant.model.attention import Span, attend
 from lance_quant.model.cache import KVCache
 from lance_quant.model.config import LanceConfig
 from lance_quant.model.rotary import frequencies_on, rotary_tables, rotate
@@ -61,13 +63,16 @@ class Attention(nn.Module):
         gen = self._project(x.gen, "_moe_gen", call.wide_qk) if x.gen is not None else (None, None, None)
         q, k, v = (call.routing.merge(Twin(a, b)).transpose(1, 2) for a, b in zip(und, gen, strict=True))
         q, k = rotate(q, *call.rotary).to(v.dtype), rotate(k, *call.rotary).to(v.dtype)
-        if call.cache is not None:
-            k, v = call.cache.write(self.layer, k, v)
-        if call.mask is not None:  # no fused kernel takes a mask and grouped heads together
-            k, v = (part.repeat_interleave(self.heads // self.kv_heads, dim=1) for part in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=call.mask, enable_gqa=call.mask is None)
+        out = torch.cat([attend(*row, call.spans) for row in self._rows(q, k, v, call.caches)])
         out = call.routing.split(out.transpose(1, 2).flatten(2))
         return Twin(self.o_proj(out.und), None if out.gen is None else self.o_proj_moe_gen(out.gen))
+
+    def _rows(self, q, k, v, caches: Sequence[KVCache]) -> list[tuple[torch.Tensor, ...]]:
+        """What attends together: the whole batch, or each row over the context of its own cache."""
+        if len(caches) < 2:
+            return [(q, *caches[0].write(self.layer, k, v))] if caches else [(q, k, v)]
+        parts = zip(caches, q.split(1), k.split(1), v.split(1), strict=True)
+        return [(query, *cache.write(self.layer, key, value)) for cache, query, key, value in parts]
 
 
 class MLP(nn.Module):
@@ -106,12 +111,12 @@ def _add(x: Twin, y: Twin) -> Twin:
 
 @dataclass(frozen=True)
 class Call:
-    """What every layer of one forward call shares: routing, rotary tables, mask, cache."""
+    """What every layer of one forward call shares. caches: none, one for the batch, or one for each of its rows."""
 
     routing: Routing
     rotary: tuple[torch.Tensor, torch.Tensor]
-    mask: torch.Tensor | None
-    cache: KVCache | None
+    spans: Sequence[Span] | None
+    caches: tuple[KVCache, ...]
     wide_qk: bool
 
 
@@ -132,28 +137,45 @@ class Decoder(nn.Module):
         hidden: torch.Tensor,
         positions: torch.Tensor,
         routing: Routing,
-        mask: torch.Tensor | None = None,
-        cache: KVCache | None = None,
+        spans: Sequence[Span] | None = None,
+        cache: KVCache | Sequence[KVCache] | None = None,
         keep: bool = True,
     ) -> torch.Tensor:
         """hidden [B, n, H] at positions [3, n] or [B, 3, n] -> final-normed states [B, n, H].
 
-        mask: bool, broadcastable to [B, 1, n, context + n], True where a query may look; None: everywhere.
-        cache: its context is seen by every token; keep=False leaves it as it was.
+        spans: the splits that the n tokens are (`attention.attend`); None: every token sees everything.
+        cache: its context is seen by every token; of one cache a row, by that row's. keep=False leaves it as it was.
         """
+        call = self.call(hidden, positions, routing, spans, cache)
+        x = routing.split(hidden)
+        for layer in self.layers:
+            x = layer(x, call)
+        if keep:
+            for each in call.caches:
+                each.advance(hidden.shape[1])
+        return self.normed(x, routing)
+
+    def call(
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        routing: Routing,
+        spans: Sequence[Span] | None = None,
+        cache: KVCache | Sequence[KVCache] | None = None,
+    ) -> Call:
+        """What the layers need to know of a forward call; of `hidden` only device and dtype are looked at."""
         rounded = self.rope_inv_freq_bf16
         if rounded is None:
             rounded = hidden.dtype == torch.bfloat16
         config = self.config
         rope = frequencies_on(hidden.device, config.head_dim, config.rope_theta, config.mrope_section, rounded)
-        rotary = rotary_tables(positions, *rope, hidden.dtype)
+        caches = () if cache is None else (cache,) if isinstance(cache, KVCache) else tuple(cache)
         # upstream widens q and k only in its cached generation mode, and only a bf16 model can tell
-        call = Call(routing, rotary, mask, cache, wide_qk=cache is not None and routing.gen is not None)
-        x = routing.split(hidden)
-        for layer in self.layers:
-            x = layer(x, call)
-        if cache is not None and keep:
-            cache.advance(hidden.shape[1])
+        wide = bool(caches) and routing.gen is not None
+        return Call(routing, rotary_tables(positions, *rope, hidden.dtype), spans, caches, wide)
+
+    def normed(self, x: Twin, routing: Routing) -> torch.Tensor:
+        """The final norms: what the layers put out -> [B, n, H]."""
         return routing.merge(_each(x, self.norm, self.norm_moe_gen))
 
 

@@ -43,10 +43,16 @@ class Lance(nn.Module):
     def latent_table(self, grids) -> torch.Tensor:
         """Position rows [sum(t*h*w), H] of VAE blocks (Lance spec sec. 11).
 
-        Raises LanceQuantError for a grid beyond max_latent_size, where upstream would silently reuse other rows.
+        Raises LanceQuantError for a grid beyond max_latent_size, where upstream would silently reuse other rows, and
+        for a clip beyond max_num_frames.
         """
         for grid in grids:
             most = self.config.max_latent_size
+            if grid[0] > self.config.max_latent_frames:
+                raise LanceQuantError(
+                    f"a clip of {grid[0]} latent frames is beyond this model's {self.config.max_latent_frames}: "
+                    f"draw at most {self.config.max_num_frames} frames"
+                )
             if max(grid[1:]) > most:
                 raise LanceQuantError(
                     f"a latent grid of {grid[1]} x {grid[2]} is beyond this model's {most} a side: "

@@ -28,8 +28,8 @@ from lance_quant.model.vae import load_vae
 Tensors = dict[str, torch.Tensor]
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
-# relative L2; manifest: 2e-4 is generous in float32, and bfloat16, where sums are ordered freely, differs by about 1 %
-TOLERANCES = {"f32": 2e-5, "bf16": 1.5e-2}
+# relative L2; manifest: 2e-4 is generous in float32; in bfloat16 two kinds of CPU differ by 1.2 % on the same code
+TOLERANCES = {"f32": 2e-5, "bf16": 2e-2}
 WEIGHTS, VAE = "tiny_lance_video.safetensors", "tiny_wan22_vae.safetensors"
 FRAME_ROWS, SIDE = 64 * 64, 64  # of the published position table, which the case posembed_2048 samples
 
@@ -60,9 +60,16 @@ class Golden:
     def manifest(self) -> dict:
         return _manifest(self.folder)
 
+    def _recorded(self) -> dict:
+        """What was recorded of the model, in whichever mode there is."""
+        modes = [self.manifest[mode] for mode in DTYPES if mode in self.manifest]
+        if not modes:
+            raise LanceQuantError(f"{self.folder}/manifest.json has no cases: it wants one of {', '.join(DTYPES)}")
+        return modes[0]
+
     def config(self) -> LanceConfig:
         """The recorded model's sizes and compact token ids."""
-        recorded = self.manifest["f32"]
+        recorded = self._recorded()
         ids = recorded["compact_special_ids"]
         own = {name: recorded[name] for name in ("max_latent_size", "max_num_frames")}
         own |= {"eos_token_id": ids["eos_token_id"], "video_token_id": ids["image_token_id"]}
@@ -119,7 +126,7 @@ def _manifest(folder: Path) -> dict:
 @lru_cache(maxsize=4)
 def _lance(golden: Golden, mode: str, device: str) -> Lance:
     with torch.device("meta"):
-        lance = Lance(golden.config(), golden.manifest["f32"]["tiny_vit_config"], DTYPES[mode]).eval()
+        lance = Lance(golden.config(), golden.manifest[mode]["tiny_vit_config"], DTYPES[mode]).eval()
     fill(lance, golden.folder / WEIGHTS, device, DTYPES[mode])
     return lance
 

@@ -94,12 +94,15 @@ def vit_patches(pixels: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int
     return x.reshape(t * h * w, channels * TEMPORAL_PATCH * PATCH * PATCH), (t, h, w)
 
 
-def sample_frames(total: int, fps: float) -> list[int]:
+def sample_frames(total: int, fps: float, faithful: bool = True) -> list[int]:
     """Indices of the frames that edit and video questions look at (Lance spec sec. 6).
 
-    Raises ValueError for clips too short to give a frame.
+    faithful=False takes the first six seconds of a longer clip at their own speed, instead of the whole clip compressed
+    in time (quirk Q13). Raises ValueError for clips too short to give a frame.
     """
     rate = int(round(fps)) if fps and fps > 0 else 24
+    if not faithful:
+        total = min(total, round(MAX_SECONDS * rate))
     count = round(min(total / rate, MAX_SECONDS) * SAMPLED_FPS)
     count = 4 * (count // 4) + 1 if count % 4 else count - 3
     if count <= 0:

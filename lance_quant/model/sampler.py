@@ -16,11 +16,12 @@ import torch
 from lance_quant.errors import LanceQuantError
 from lance_quant.model.cache import KVCache
 from lance_quant.model.lance import Lance
-from lance_quant.model.positions import CAPTION, block_mask, causal_mask, generation_positions
+from lance_quant.model.positions import CAPTION, generation_positions
 from lance_quant.model.routing import Routing
 from lance_quant.model.sequence import Sample
 
 RENORMS = ("global", "channel", "none")
+TOGETHER_ROWS = 8192  # latents up to which the two branches of a step share a batch: 2 x 2,304 for a 768 px picture
 
 
 @dataclass(kw_only=True)
@@ -29,6 +30,8 @@ class FlowConfig:
 
     guidance acts at timesteps in (low, high]; bf16_norms: compute the renormalisation's norms in bfloat16, as CPU
     autocast does (the parity fixtures), instead of float32 as on a GPU. cached: keep the context's keys and values.
+    faithful: off mends what upstream's sampler does by accident: the unconditional context's positions (quirk Q3),
+    norms over the frozen frame of i2v (Q4), a bfloat16 state (Q6).
     """
 
     steps: int = 30
@@ -39,6 +42,7 @@ class FlowConfig:
     renorm: str = "global"
     renorm_min: float = 0.0
     cached: bool = True
+    faithful: bool = True
     bf16_norms: bool = False
 
     def __post_init__(self) -> None:
@@ -76,8 +80,11 @@ def is_guided(t: torch.Tensor, cfg: FlowConfig) -> bool:
     return cfg.guidance > 1 and bool(low < t) and bool(t <= high)
 
 
-def guide(velocities: Velocities, cfg: FlowConfig) -> torch.Tensor:
-    """Guided velocity [rows, 48], rescaled to at most the conditional one's norm."""
+def guide(velocities: Velocities, cfg: FlowConfig, moving: torch.Tensor | None = None) -> torch.Tensor:
+    """Guided velocity [rows, 48], rescaled to at most the conditional one's norm.
+
+    moving: bool [rows], the rows that the norms are taken over where cfg.faithful is off.
+    """
     conditional, unconditional = velocities
     if unconditional is None:
         return conditional
@@ -86,10 +93,12 @@ def guide(velocities: Velocities, cfg: FlowConfig) -> torch.Tensor:
         return guided
 
     def norm(v: torch.Tensor) -> torch.Tensor:
-        wide = v.dtype if cfg.bf16_norms else torch.float32
-        if cfg.renorm == "global":  # quirk Q4: over every row, the frozen frame of i2v included
-            return torch.linalg.vector_norm(v.to(wide))
-        return torch.linalg.vector_norm(v.to(wide), dim=-1, keepdim=True)
+        wide = v.to(v.dtype if cfg.bf16_norms else torch.float32)
+        if cfg.renorm == "channel":
+            return torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        if moving is not None and not cfg.faithful:
+            wide = wide[moving]
+        return torch.linalg.vector_norm(wide)  # quirk Q4: over every row, the frozen frame of i2v included
 
     scale = (norm(conditional) / (norm(guided) + 1e-8)).clamp(min=cfg.renorm_min, max=1.0)
     return (guided * scale).to(guided.dtype)
@@ -98,33 +107,39 @@ def guide(velocities: Velocities, cfg: FlowConfig) -> torch.Tensor:
 class CachedFlow:
     """Denoising over a kept context: only the target block runs at each step (Lance spec sec. 13; upstream's default).
 
-    The unconditional context keeps the conditional positions while its target is placed anew (quirk Q3).
+    The two branches of a guided step run as one batch up to TOGETHER_ROWS latents; beyond, they would win nothing and
+    need twice the memory. The unconditional context keeps the conditional positions while its target is placed anew
+    (quirk Q3), unless cfg.faithful is off.
     """
 
     @torch.inference_mode()
     def __init__(self, lance: Lance, sample: Sample, state: torch.Tensor, cfg: FlowConfig):
         self.lance, self.sample = lance, sample
         device = lance.device
-        conditional, unconditional, _ = generation_positions(
+        conditional, unconditional, kept = generation_positions(
             sample.ids, sample.grids, sample.modality, lance.config.video_token_id
         )
         target = next(span for span in sample.spans() if span[2] == "noise")
         self.start, self.end = target[:2]
         in_target = (sample.vae_indexes >= self.start) & (sample.vae_indexes < self.end)
         self.rows = in_target.nonzero().squeeze(1)
-        self.moves = torch.isin(sample.vae_indexes, sample.mse_indexes)
+        moves = torch.isin(sample.vae_indexes, sample.mse_indexes)
         self.table = lance.latent_table(sample.latent_grids)[self.rows.to(device)]
         self.routing = Routing.of(sample.latent_mask()[self.start : self.end]).to(device)
-        self._moves_in_target = self.moves[self.rows].to(device)
+        self._moves_in_target = moves[self.rows].float().to(device)
 
-        hidden = lance.embed(sample, state.to(device), self.moves.float().to(device))
-        self.ends = hidden[:, self.start], hidden[:, self.end - 1]
-        self.contexts = [self._prefill(hidden, conditional, drop_caption=False)]
-        self.positions = [conditional[:, self.start : self.end].to(device)]
+        hidden = lance.embed(sample, state.to(device), moves.float().to(device))
+        self.ends = hidden[:, self.start, None], hidden[:, self.end - 1, None]
+        self.caches = [self._prefill(hidden, conditional, drop_caption=False)]
+        placed = [conditional[:, self.start : self.end]]
         if cfg.guidance > 1:
-            context = self._prefill(hidden, conditional, drop_caption=True)
-            self.contexts.append(context)
-            self.positions.append(unconditional[:, context.length :][:, : self.end - self.start].to(device))
+            context = conditional
+            if not cfg.faithful:
+                context = conditional.clone()
+                context[:, kept] = unconditional
+            self.caches.append(self._prefill(hidden, context, drop_caption=True))
+            placed.append(unconditional[:, self.caches[1].length :][:, : self.end - self.start])
+        self.positions = torch.stack(placed).to(device)
 
     def _prefill(self, hidden: torch.Tensor, positions: torch.Tensor, drop_caption: bool) -> KVCache:
         lance, sample = self.lance, self.sample
@@ -135,13 +150,12 @@ class CachedFlow:
                 break
             if drop_caption and sample.modality[start] == CAPTION:
                 continue
-            causal = mode == "causal"
             lance.language_model.model(
                 hidden[:, start:end],
                 positions[:, start:end].to(lance.device),
                 Routing.of(latents[start:end]).to(lance.device),
-                mask=causal_mask(end - start, cache.length, lance.device) if causal else None,
-                cache=cache,
+                [(0, end - start, mode)],
+                cache,
             )
         return cache
 
@@ -149,37 +163,41 @@ class CachedFlow:
     def velocities(self, state: torch.Tensor, t: torch.Tensor, guided: bool) -> Velocities:
         """state [n_vae, 48] at timestep t (0-dim) -> velocities of all rows of the target block."""
         lance = self.lance
-        per_row = t.to(lance.device) * self._moves_in_target.float()
-        latents = lance.embed_latents(state[self.rows.to(state.device)].to(lance.device), per_row, self.table)[None]
-        block = torch.cat((self.ends[0][:, None], latents, self.ends[1][:, None]), dim=1)
+        rows = state.to(lance.device)[self.rows.to(lance.device)]
+        latents = lance.embed_latents(rows, t.to(lance.device) * self._moves_in_target, self.table)[None]
+        block = torch.cat((self.ends[0], latents, self.ends[1]), dim=1)
+        branches = 2 if guided else 1
+        together = branches if len(self.rows) <= TOGETHER_ROWS else 1
         out = []
-        for cache, positions in zip(self.contexts[: 2 if guided else 1], self.positions, strict=False):
-            hidden = lance.language_model.model(block, positions, self.routing, cache=cache, keep=False)
-            out.append(lance.llm2vae(hidden)[0, 1:-1])
+        for first in range(0, branches, together):
+            part = slice(first, first + together)
+            hidden = lance.language_model.model(
+                block.expand(together, -1, -1), self.positions[part], self.routing, cache=self.caches[part], keep=False
+            )
+            out.extend(lance.llm2vae(hidden)[:, 1:-1])
         return Velocities(out[0], out[1] if guided else None)
 
 
 class UncachedFlow:
-    """The whole sequence at every step under a block mask (Lance spec sec. 10, 13); velocities of the moving rows."""
+    """The whole sequence at every step (Lance spec sec. 10, 13); velocities of the moving rows."""
 
     @torch.inference_mode()
     def __init__(self, lance: Lance, sample: Sample, state: torch.Tensor, cfg: FlowConfig):
         self.lance, self.sample = lance, sample
         device = lance.device
         self.rows = sample.denoised_rows()
-        self.moves = torch.isin(sample.vae_indexes, sample.mse_indexes).to(device)
+        self.moves = torch.isin(sample.vae_indexes, sample.mse_indexes).float().to(device)
         self.table = lance.latent_table(sample.latent_grids)
-        self.hidden = lance.embed(sample, state.to(device), self.moves.float())
+        self.hidden = lance.embed(sample, state.to(device), self.moves)
         conditional, unconditional, kept = generation_positions(
             sample.ids, sample.grids, sample.modality, lance.config.video_token_id
         )
         everything = torch.arange(len(sample.ids))
-        mask = block_mask(sample.split_lens, sample.split_modes)
         self.branches = [
             (
                 rows.to(device),
                 positions.to(device),
-                mask[rows][:, rows].to(device),
+                sample.spans_of(rows),
                 Routing.of(sample.latent_mask()[rows]).to(device),
                 torch.isin(rows, sample.mse_indexes).nonzero().squeeze(1).to(device),
             )
@@ -189,13 +207,12 @@ class UncachedFlow:
     @torch.inference_mode()
     def velocities(self, state: torch.Tensor, t: torch.Tensor, guided: bool) -> Velocities:
         lance = self.lance
-        per_row = t.to(lance.device) * self.moves.float()
         self.hidden[0, self.sample.vae_indexes.to(lance.device)] = lance.embed_latents(
-            state.to(lance.device), per_row, self.table
+            state.to(lance.device), t.to(lance.device) * self.moves, self.table
         )
         out = []
-        for rows, positions, mask, routing, moving in self.branches[: 2 if guided else 1]:
-            hidden = lance.language_model.model(self.hidden[:, rows], positions, routing, mask=mask)
+        for rows, positions, spans, routing, moving in self.branches[: 2 if guided else 1]:
+            hidden = lance.language_model.model(self.hidden[:, rows], positions, routing, spans)
             out.append(lance.llm2vae(hidden[0, moving]))
         return Velocities(out[0], out[1] if guided else None)
 
@@ -230,10 +247,10 @@ def run_flow(
     """Euler from t = 1 to 0; returns the final state [n_vae, 48].
 
     on_step(step, t, state, velocities) sees the state at the start of each step. The state keeps its dtype: bfloat16
-    in a bf16 model, as upstream (quirk Q6).
+    in a bf16 model, as upstream (quirk Q6); float32 where cfg.faithful is off.
     """
     t = timesteps(cfg)
-    state = state.clone()
+    state = state.clone() if cfg.faithful else state.float()
     moving = torch.isin(flow.rows, flow.sample.denoised_rows()).to(state.device)
     rows = flow.rows.to(state.device)[moving]
     for step in range(cfg.steps):
@@ -241,5 +258,5 @@ def run_flow(
         if on_step is not None:
             on_step(step, t[step], state, velocities)
         dt = t[step] - t[step + 1]
-        state[rows] = state[rows] - guide(velocities, cfg)[moving] * dt.to(state.device)
+        state[rows] = state[rows] - guide(velocities, cfg, moving)[moving] * dt.to(state.device)
     return state

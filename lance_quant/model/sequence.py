@@ -40,6 +40,14 @@ class Sample:
             start += length
         return out
 
+    def spans_of(self, rows: torch.Tensor) -> list[tuple[int, int, str]]:
+        """The spans that a part of the sequence, int64 [m] in order, falls into."""
+        split = torch.repeat_interleave(torch.arange(len(self.split_lens)), torch.tensor(self.split_lens))[rows]
+        kept, lengths = torch.unique_consecutive(split, return_counts=True)
+        ends = lengths.cumsum(0)
+        modes = [self.split_modes[index] for index in kept.tolist()]
+        return list(zip((ends - lengths).tolist(), ends.tolist(), modes, strict=True))
+
     def latent_mask(self) -> torch.Tensor:
         """Bool [n]: tokens of the generation expert."""
         mask = torch.zeros(len(self.ids), dtype=torch.bool)

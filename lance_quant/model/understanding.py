@@ -1,12 +1,14 @@
 """Answers: greedy decoding over a kept context, and teacher forcing (Lance spec sec. 14)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from lance_quant.model.attention import Span
 from lance_quant.model.cache import KVCache
 from lance_quant.model.lance import Lance
-from lance_quant.model.positions import block_mask, causal_mask, rope_positions
+from lance_quant.model.positions import rope_positions
 from lance_quant.model.routing import Routing
 from lance_quant.model.sequence import Sample
 
@@ -27,7 +29,7 @@ def _context(lance: Lance, sample: Sample, extra: int) -> tuple[torch.Tensor, to
     return lance.embed(sample)[:, : len(ids)], torch.cat((positions, more.expand(3, -1)), dim=1).to(lance.device)
 
 
-def context_spans(sample: Sample, end: int) -> list[tuple[int, int, str]]:
+def context_spans(sample: Sample, end: int) -> list[Span]:
     """The splits up to `end`, the last one cut."""
     return [(start, min(stop, end), mode) for start, stop, mode in sample.spans() if start < end]
 
@@ -39,9 +41,15 @@ def choose(logits: torch.Tensor, tokenizer_length: int) -> int:
 
 @torch.inference_mode()
 def answer(
-    lance: Lance, sample: Sample, max_new_tokens: int = 256, *, keep_logits: bool = False, cached: bool = True
+    lance: Lance,
+    sample: Sample,
+    max_new_tokens: int = 256,
+    *,
+    keep_logits: bool = False,
+    cached: bool = True,
+    on_token: Callable[[int, int], None] | None = None,
 ) -> Answer:
-    """Decode greedily until the stop token or `max_new_tokens`.
+    """Decode greedily until the stop token or `max_new_tokens`; on_token(how many, the newest) after each.
 
     cached=False runs the whole sequence anew for every token, as upstream's uncached path does: same tokens, slow.
     """
@@ -53,6 +61,8 @@ def answer(
         tokens.append(choose(logits, lance.config.tokenizer_length))
         if keep_logits:
             kept.append(logits.float())
+        if on_token is not None:
+            on_token(len(tokens), tokens[-1])
         if tokens[-1] == lance.config.eos_token_id:
             break
     return Answer(tokens, torch.stack(kept) if keep_logits else None)
@@ -67,9 +77,8 @@ class _CachedSteps:
         hidden, self.positions = _context(lance, sample, extra)
         length = hidden.shape[1] - 1
         self.cache = KVCache(lance.config, length + 1 + extra, 1, lance.device, hidden.dtype)
-        for start, end, mode in context_spans(sample, length):
-            mask = causal_mask(end - start, start, lance.device) if mode == "causal" else None
-            self.decoder(hidden[:, start:end], self.positions[:, start:end], Routing(), mask=mask, cache=self.cache)
+        spans = context_spans(sample, length)
+        self.decoder(hidden[:, :length], self.positions[:, :length], Routing(), spans, self.cache)
         self.last = hidden[:, -1:]
 
     def __call__(self, token: int | None) -> torch.Tensor:
@@ -96,12 +105,11 @@ class _UncachedSteps:
 
 
 def _whole(lance: Lance, sample: Sample, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """One forward over context and answer under the block mask."""
+    """One forward over context and answer over the whole sequence."""
     count = hidden.shape[1]
     spans = context_spans(sample, count)
     spans[-1] = (spans[-1][0], count, spans[-1][2])
-    mask = block_mask([end - start for start, end, _ in spans], [mode for *_, mode in spans])
-    return lance.language_model.model(hidden, positions[:, :count], Routing(), mask=mask.to(lance.device))
+    return lance.language_model.model(hidden, positions[:, :count], Routing(), spans)
 
 
 @torch.inference_mode()

@@ -55,3 +55,10 @@ def test_frame_sampler():
 def test_transparency_is_composited_over_white():
     image = pixels.open_image(Image.new("RGBA", (2, 2), (255, 0, 0, 0)))
     assert image.mode == "RGB" and image.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_long_clip_is_compressed_in_time_or_cut():
+    assert pixels.sample_frames(480, 24.0)[-1] == 479
+    cut = pixels.sample_frames(480, 24.0, faithful=False)
+    assert cut[-1] == 143 and len(cut) == len(pixels.sample_frames(480, 24.0))
+    assert pixels.sample_frames(100, 24.0, faithful=False) == pixels.sample_frames(100, 24.0)

@@ -1,0 +1,40 @@
+"""Span attention against a dense mask: any splits, any context, grouped heads."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lance_quant.model.attention import attend
+from lance_quant.model.positions import block_mask
+
+CASES = [
+    ((5, 4, 3, 6, 2), ("causal", "full", "causal", "noise", "causal")),
+    ((4, 3), ("causal", "causal")),
+    ((3, 5, 4, 2, 6), ("causal", "full", "full_noise", "causal", "noise")),
+    ((7,), ("noise",)),
+    ((2, 3, 1, 3, 4), ("causal", "noise", "causal", "noise", "full")),
+]
+
+
+def spans_of(lengths, modes):
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    return list(zip([0, *ends[:-1]], ends, modes, strict=True))
+
+
+@pytest.mark.parametrize(("lengths", "modes"), CASES)
+@pytest.mark.parametrize("context", [0, 3])
+def test_attend(lengths, modes, context):
+    generator = torch.Generator().manual_seed(1)
+    n = sum(lengths)
+    q = torch.randn(2, 6, n, 8, generator=generator)
+    k, v = (torch.randn(2, 2, context + n, 8, generator=generator) for _ in range(2))
+    mask = torch.cat((torch.ones(n, context, dtype=torch.bool), block_mask(lengths, modes)), dim=1)
+    wide = (part.repeat_interleave(3, dim=1) for part in (k, v))
+    expected = F.scaled_dot_product_attention(q, *wide, attn_mask=mask)
+    torch.testing.assert_close(attend(q, k, v, spans_of(lengths, modes)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_without_spans_every_token_sees_everything():
+    generator = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(1, 2, 5, 8, generator=generator) for _ in range(3))
+    torch.testing.assert_close(attend(q, k, v, None), attend(q, k, v, [(0, 5, "full")]))
