@@ -48,7 +48,7 @@ def prepare(request: Request, tokenizer: Tokenizer, edges: Preset, vae: WanVAE |
 
 
 def given_frames(request: Request) -> list[Image.Image]:
-    """RGB frames that the task looks at or starts from; none for t2i and t2v. LanceQuantError where they are missing."""
+    """RGB frames that the task looks at or starts from, none for t2i and t2v. LanceQuantError where one is missing."""
     given = GIVEN.get(request.task)
     if given is None:
         return []

@@ -33,7 +33,7 @@ class Request:
 
     prompt: the question, the prompt or the edit instruction; instruction: the system text of a question, the task's
     own where empty. image: the picture that x2t_image asks about, image_edit changes and i2v starts from. video: the
-    frames that x2t_video and video_edit look at, sampled already (`pixels.sample_frames`). height, width: pixels of what
+    frames that x2t_video and video_edit look at, sampled already (`pixels.sample_frames`). height, width: pixels that
     t2i and t2v draw (the other tasks take them from what is given); frames: of the clip to draw (t2v, i2v).
     answer, target: the reference answer, and the picture (one frame) or clip that should come out, where known.
     """
