@@ -10,7 +10,7 @@ from pathlib import Path
 from lance_quant.checkpoint.config import CheckpointConfig
 from lance_quant.errors import LanceQuantError
 from lance_quant.model.config import LanceConfig
-from lance_quant.model.request import CLIP_TASKS
+from lance_quant.model.request import CLIP_TASKS, TASKS
 from lance_quant.model.resolution import Preset
 
 PATHS = ("und", "gen")
@@ -19,6 +19,7 @@ SITES = ("qkv", "o", "gate_up", "down")
 NORMS = ("input_layernorm", "post_attention_layernorm")
 POSITION_TABLE = "latent_pos_embed.pos_embed"
 VIT_PREFIX = "vit_model."
+LAYOUT_TASKS = {"image": ("x2t_image", "t2i", "image_edit"), "video": TASKS}  # what each layout serves
 TIME_FREQUENCIES = 256  # width of the timestep sinusoid (Lance spec sec. 11), the same in every Lance
 
 HUB = "https://huggingface.co/bytedance-research/Lance"
