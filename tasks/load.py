@@ -16,9 +16,10 @@ from tasks.stage import as_state
 from tasks.store import Artifact, Identity, Store
 
 REVISION = 1
-LAYOUTS = {  # a checkpoint's layout, which its choice in conf/checkpoint is called by -> how it shows
+SHOWN = {  # a checkpoint's layout, which its choice in conf/checkpoint is called by -> how it shows
     "image": "no vision tower, so it is an image model",
     "video": "a vision tower, so it is a video model",
+    "text": "a decoder alone, so it is a text model",
 }
 
 
@@ -40,7 +41,8 @@ def load(cfg: RunConfig) -> Artifact:
     def build(out: Path) -> dict:
         from lance_quant.model.vae import check_vae
 
-        check_vae(checkpoint.vae_file)  # on a miss only: it imports diffusers, and the file's hash is in the key
+        if checkpoint.vae_file is not None:
+            check_vae(checkpoint.vae_file)  # on a miss only: it imports diffusers, and the file's hash is in the key
         return summary
 
     return as_state(Store(cfg.artifacts).keep(identity, build))
@@ -57,9 +59,9 @@ def open_run(cfg: RunConfig) -> Checkpoint:
 
 def check_layout(checkpoint: Checkpoint) -> None:
     """Refuse an image model called video and the reverse; other names say nothing of the layout."""
-    if checkpoint.name in LAYOUTS and checkpoint.name != checkpoint.layout:
+    if checkpoint.name in SHOWN and checkpoint.name != checkpoint.layout:
         raise LanceQuantError(
-            f"{checkpoint.model_file} holds {LAYOUTS[checkpoint.layout]}: choose checkpoint={checkpoint.layout}, "
+            f"{checkpoint.model_file} holds {SHOWN[checkpoint.layout]}: choose checkpoint={checkpoint.layout}, "
             f"or give the {checkpoint.name} model's folder as checkpoint.path=..."
         )
 

@@ -72,7 +72,10 @@ def write_random_checkpoint(root: Path, layout: str = "image", layers: int = 2, 
             return 1 + 0.1 * torch.randn(shape, generator=generator)
         return torch.randn(shape, generator=generator) * (0.02 if len(shape) == 1 else shape[-1] ** -0.5)
 
-    tensors = {name: tensor(name, shape) for name, shape in expected_shapes(config).items()}
+    tensors = {name: tensor(name, shape) for name, shape in expected_shapes(config, layout != "text").items()}
+    if layout == "text":
+        save_file(tensors, folder / "model.safetensors")
+        return CheckpointConfig(name="random", path=str(folder))
     tower = {name: tensor(name, shape) for name, shape in vision_shapes(VISION).items()}
     tensors[POSITION_TABLE] = torch.zeros(16 * 16 * config.max_latent_frames, config.hidden_size)
     if layout == "video":
@@ -81,7 +84,9 @@ def write_random_checkpoint(root: Path, layout: str = "image", layers: int = 2, 
         save_file(tower, vit / "vit.safetensors")
     save_file(tensors, folder / "model.safetensors")
     shutil.copy(FOLDER / "tiny_wan22_vae.safetensors", root / "Wan2.2_VAE.safetensors")
-    return CheckpointConfig(name="random", path=str(folder), image_edge=64, vit_edge=56, video_edge=64, video_vit_edge=56)
+    return CheckpointConfig(
+        name="random", path=str(folder), image_edge=64, vit_edge=56, video_edge=64, video_vit_edge=56
+    )
 
 
 def random_checkpoint(root: Path, **settings) -> Checkpoint:

@@ -12,7 +12,7 @@ class CheckpointConfig:
     path: folder that holds `model.safetensors` and `llm_config.json`; vit, vae: the vision tower's folder and the VAE
     file, found beside `path` where empty (Lance spec sec. 1). image_edge, vit_edge: pixel budgets of pictures as edges
     of a square, for the VAE and the vision tower (Lance spec sec. 6: 768 / 672 for image_768res); video_edge,
-    video_vit_edge: those of clips (640 / 616 for video_480p). frames: of a clip to draw, where nothing else is said (4 n + 1 come out).
+    video_vit_edge: those of clips (640 / 616 for video_480p). frames: of a clip to draw, where nothing else is said.
     """
 
     name: str = "tiny"

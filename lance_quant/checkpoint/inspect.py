@@ -49,8 +49,9 @@ def inspect_checkpoint(checkpoint: Checkpoint, hash_cache: Path) -> CheckpointSu
     hash_cache: JSON file that keeps sha256 beside size and modification time. Raises LanceQuantError naming the first
     fault.
     """
-    shapes = expected_shapes(checkpoint.config)
-    tower = vision_shapes(read_json(checkpoint.vit_config_file))
+    text = checkpoint.layout == "text"
+    shapes = expected_shapes(checkpoint.config, adapters=not text)
+    tower = {} if text else vision_shapes(read_json(checkpoint.vit_config_file))
     if checkpoint.vit_file is None:
         shapes |= {VIT_PREFIX + name: shape for name, shape in tower.items()}
     else:
@@ -65,7 +66,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, hash_cache: Path) -> CheckpointSu
     return CheckpointSummary(
         layout=checkpoint.layout,
         layers=checkpoint.config.num_hidden_layers,
-        tensors=len(shapes) + 1,
+        tensors=len(shapes) + (not text),  # and the position table
         parameters=parameters,
         bytes=size,
         targets={path: sum(target.path == path for target in found) for path in PATHS},
@@ -81,9 +82,9 @@ def checkpoint_files(checkpoint: Checkpoint) -> dict[str, Path]:
         "config": checkpoint.config_file,
         "vit_config": checkpoint.vit_config_file,
         "vae": checkpoint.vae_file,
+        "vit": checkpoint.vit_file,
     }
-    if checkpoint.vit_file is not None:
-        files["vit"] = checkpoint.vit_file
+    files = {role: file for role, file in files.items() if file is not None}
     for name in TOKENIZER_FILES:
         if (checkpoint.folder / name).is_file():
             files[name] = checkpoint.folder / name
@@ -107,7 +108,7 @@ def _check_file(
             if name != POSITION_TABLE and shape != shapes[name]:
                 raise LanceQuantError(f"{path}: '{name}' is {list(shape)}, the config asks for {list(shapes[name])}")
             parameters += prod(shape)
-        if checkpoint is not None:
+        if checkpoint is not None and checkpoint.layout != "text":
             _check_position_table(path, reader, checkpoint)
     return parameters, path.stat().st_size
 

@@ -4,6 +4,7 @@ A layer has two experts: the understanding path "und" (no suffix) and the genera
 linears each (Lance spec sec. 3). What several linears read in common is one input *site*.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,14 @@ POSITION_TABLE = "latent_pos_embed.pos_embed"
 VIT_PREFIX = "vit_model."
 LAYOUT_TASKS = {"image": ("x2t_image", "t2i", "image_edit"), "video": TASKS}  # what each layout serves
 TIME_FREQUENCIES = 256  # width of the timestep sinusoid (Lance spec sec. 11), the same in every Lance
+
+# layout -> tasks of its family (Lance spec sec. 1); "text" is a decoder alone, `language_model.*` and nothing else
+LAYOUTS = {
+    "image": ("x2t_image", "t2i", "image_edit"),
+    "video": ("x2t_image", "x2t_video", "t2i", "t2v", "i2v", "image_edit", "video_edit"),
+    "text": (),
+}
+DECODER_PREFIX = "language_model."
 
 HUB = "https://huggingface.co/bytedance-research/Lance"
 
@@ -63,7 +72,11 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """An opened checkpoint: the files of its parts and its resolved sizes. Nothing is read into memory."""
+    """An opened checkpoint: the files of its parts and its resolved sizes. Nothing is read into memory.
+
+    layout: a row of `LAYOUTS`. vit_file: None where the model's file bundles the vision tower or there is none;
+    vit_config_file, vae_file: None for a text model.
+    """
 
     name: str
     layout: str
@@ -71,8 +84,8 @@ class Checkpoint:
     model_file: Path
     config_file: Path
     vit_file: Path | None
-    vit_config_file: Path
-    vae_file: Path
+    vit_config_file: Path | None
+    vae_file: Path | None
     config: LanceConfig
     pictures: Preset
     clips: Preset
@@ -131,8 +144,11 @@ def targets(config: LanceConfig) -> list[Target]:
     return [target for layer in range(config.num_hidden_layers) for target in layer_targets(config, layer)]
 
 
-def expected_shapes(config: LanceConfig) -> dict[str, tuple[int, ...]]:
-    """Key -> shape of decoder and adapters (Lance spec sec. 3), the position table and `vit_model.*` aside."""
+def expected_shapes(config: LanceConfig, adapters: bool = True) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of decoder and adapters (Lance spec sec. 3), the position table and `vit_model.*` aside.
+
+    adapters=False: of a text model, which has none.
+    """
     hidden, latent = config.hidden_size, config.latent_channels
     shapes: dict[str, tuple[int, ...]] = {"language_model.model.embed_tokens.weight": (config.vocab_size, hidden)}
     for layer in range(config.num_hidden_layers):
@@ -148,8 +164,10 @@ def expected_shapes(config: LanceConfig) -> dict[str, tuple[int, ...]]:
                     shapes[f"{layer_prefix(layer)}self_attn.{leaf}{SUFFIX[path]}.weight"] = (config.head_dim,)
     for path in PATHS:
         shapes[f"language_model.model.norm{SUFFIX[path]}.weight"] = (hidden,)
-    shapes |= {
-        "language_model.lm_head.weight": (config.vocab_size, hidden),
+    shapes["language_model.lm_head.weight"] = (config.vocab_size, hidden)
+    if not adapters:
+        return shapes
+    return shapes | {
         "time_embedder.mlp.0.weight": (hidden, TIME_FREQUENCIES),
         "time_embedder.mlp.0.bias": (hidden,),
         "time_embedder.mlp.2.weight": (hidden, hidden),
@@ -159,7 +177,6 @@ def expected_shapes(config: LanceConfig) -> dict[str, tuple[int, ...]]:
         "llm2vae.weight": (latent, hidden),
         "llm2vae.bias": (latent,),
     }
-    return shapes
 
 
 def vision_shapes(vision: dict) -> dict[str, tuple[int, ...]]:
@@ -191,6 +208,8 @@ def open_checkpoint(cfg: CheckpointConfig) -> Checkpoint:
     """
     from lance_quant.checkpoint.reader import TensorReader
 
+    if not cfg.path:
+        raise LanceQuantError(f"checkpoint '{cfg.name}' has no path: give its folder as checkpoint.path=...")
     folder = Path(cfg.path).expanduser()
     if folder.is_file():
         raise LanceQuantError(f"checkpoint.path={folder} is a file: give the folder that holds it")
@@ -202,21 +221,21 @@ def open_checkpoint(cfg: CheckpointConfig) -> Checkpoint:
         [folder / "model.safetensors", folder / "ema.safetensors"],
         f"{folder} holds no model.safetensors: give the model's own folder (such as Lance_3B) as checkpoint.path=...",
     )
-    vit_folder = Path(cfg.vit).expanduser() if cfg.vit else folder.parent / "Qwen2.5-VL-ViT"
-    vit_config = _first(
-        [vit_folder / "config.json"],
-        f"the vision tower's config.json is not in {vit_folder}: get it from {HUB} and set checkpoint.vit=FOLDER",
-    )
-    vae = Path(cfg.vae).expanduser() if cfg.vae else folder.parent / "Wan2.2_VAE.pth"
-    vae_file = _first(
-        [vae, vae.with_suffix(".safetensors")],
-        f"the VAE file is not at {vae}: get it from {HUB} and give it as checkpoint.vae=...",
-    )
-    config = LanceConfig.from_folder(folder)
     with TensorReader(model_file) as reader:
-        layout = "video" if any(name.startswith(VIT_PREFIX) for name in reader.names()) else "image"
-    vit_file = None  # the video file bundles the vision tower, which then overrides the standalone one
-    if layout == "image":
+        layout = layout_of(reader.names())
+    vit_file = vit_config = vae_file = None
+    if layout != "text":
+        vit_folder = Path(cfg.vit).expanduser() if cfg.vit else folder.parent / "Qwen2.5-VL-ViT"
+        vit_config = _first(
+            [vit_folder / "config.json"],
+            f"the vision tower's config.json is not in {vit_folder}: get it from {HUB} and set checkpoint.vit=FOLDER",
+        )
+        vae = Path(cfg.vae).expanduser() if cfg.vae else folder.parent / "Wan2.2_VAE.pth"
+        vae_file = _first(
+            [vae, vae.with_suffix(".safetensors")],
+            f"the VAE file is not at {vae}: get it from {HUB} and give it as checkpoint.vae=...",
+        )
+    if layout == "image":  # the video file bundles the vision tower, which then overrides the standalone one
         vit_file = _first(
             [vit_folder / "vit.safetensors"],
             f"{vit_folder} holds no vit.safetensors: get the folder from {HUB} and give it as checkpoint.vit=...",
@@ -230,11 +249,18 @@ def open_checkpoint(cfg: CheckpointConfig) -> Checkpoint:
         vit_file=vit_file,
         vit_config_file=vit_config,
         vae_file=vae_file,
-        config=config,
+        config=LanceConfig.from_folder(folder, text_only=layout == "text"),
         pictures=Preset(cfg.image_edge, cfg.vit_edge),
         clips=Preset(cfg.video_edge, cfg.video_vit_edge),
         frames=cfg.frames,
     )
+
+
+def layout_of(names: Sequence[str]) -> str:
+    """Which of `LAYOUTS` a model file's tensor names show."""
+    if all(name.startswith(DECODER_PREFIX) for name in names):
+        return "text"
+    return "video" if any(name.startswith(VIT_PREFIX) for name in names) else "image"
 
 
 def _first(candidates: list[Path], complaint: str) -> Path:

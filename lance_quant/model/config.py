@@ -27,6 +27,8 @@ TOKEN_IDS = {
     "video_token_id": ("video_token_id",),
 }
 
+ABSENT = -1  # id of a token that a text model does not have
+
 SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -77,9 +79,12 @@ class LanceConfig:
         return (self.max_num_frames - 1) // TEMPORAL_DOWNSAMPLE + 1
 
     @classmethod
-    def from_dict(cls, values: dict, tokenizer_length: int, source: str = "llm_config.json") -> "LanceConfig":
+    def from_dict(
+        cls, values: dict, tokenizer_length: int, source: str = "llm_config.json", text_only: bool = False
+    ) -> "LanceConfig":
         """Resolve the fields of an `llm_config.json`; `source` names the file in errors.
 
+        text_only: a decoder alone, whose file need not name vision tokens or rotary sections (text moves on all axes).
         Raises LanceQuantError where a field is missing or the rotary sections do not fit the head size.
         """
         values = LAUNCHER_CONSTANTS | values
@@ -89,11 +94,15 @@ class LanceConfig:
         ids = {}
         for field, names in TOKEN_IDS.items():
             found = [values[name] for name in names if values.get(name) is not None]
+            if text_only and field != "eos_token_id":
+                found = found or [ABSENT]
             if not found:
                 raise LanceQuantError(f"{source} lacks '{names[0]}': take the file that belongs to the checkpoint")
             ids[field] = int(found[0])
         head_dim = int(values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"])
         section = tuple((values.get("rope_scaling") or {}).get("mrope_section") or ())
+        if text_only and not section:
+            section = (head_dim // 2, 0, 0)
         if len(section) != 3 or sum(section) * 2 != head_dim:
             raise LanceQuantError(
                 f"{source}: rope_scaling.mrope_section {list(section)} must hold three numbers that sum to "
@@ -108,12 +117,13 @@ class LanceConfig:
         )
 
     @classmethod
-    def from_folder(cls, folder: Path) -> "LanceConfig":
+    def from_folder(cls, folder: Path, text_only: bool = False) -> "LanceConfig":
         """Read `llm_config.json` and the tokenizer's length from a model folder (Lance spec sec. 1)."""
         return cls.from_dict(
             read_json(folder / "llm_config.json"),
             tokenizer_length(folder / "tokenizer.json"),
             source=str(folder / "llm_config.json"),
+            text_only=text_only,
         )
 
 

@@ -16,24 +16,26 @@ from lance_quant.model.vision import build_vision_tower
 
 
 class Lance(nn.Module):
-    """The whole model but the VAE. `vision_config`: the vision tower's `config.json`, None for a model without eyes."""
+    """The whole model but the VAE. vision_config: the vision tower's `config.json`; None: a decoder alone, for text."""
 
     def __init__(self, config: LanceConfig, vision_config: dict | None, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config = config
         self.language_model = LanguageModel(config)
+        if vision_config is None:
+            return
         self.time_embedder = TimeEmbedder(config.hidden_size)
         self.vae2llm = nn.Linear(config.latent_channels, config.hidden_size)
         self.llm2vae = nn.Linear(config.hidden_size, config.latent_channels)
-        self.vit_model = build_vision_tower(vision_config, dtype) if vision_config is not None else None
+        self.vit_model = build_vision_tower(vision_config, dtype)
 
     @property
     def device(self) -> torch.device:
-        return self.vae2llm.weight.device
+        return self.language_model.model.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.vae2llm.weight.dtype
+        return self.language_model.model.norm.weight.dtype
 
     def look(self, patches: torch.Tensor, grids) -> torch.Tensor:
         """Patches [P, 1176] of pictures or clips with grids (t, h, w) -> merged tokens [P / 4, H]."""
@@ -78,7 +80,7 @@ class Lance(nn.Module):
 
 def build_lance(checkpoint: Checkpoint, dtype: torch.dtype) -> Lance:
     """A Lance of the checkpoint's sizes on the meta device: no memory, no weights."""
-    vision_config = read_json(checkpoint.vit_config_file)
+    vision_config = None if checkpoint.layout == "text" else read_json(checkpoint.vit_config_file)
     with torch.device("meta"):
         return Lance(checkpoint.config, vision_config, dtype).eval().requires_grad_(False)
 
