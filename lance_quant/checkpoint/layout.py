@@ -20,15 +20,10 @@ SITES = ("qkv", "o", "gate_up", "down")
 NORMS = ("input_layernorm", "post_attention_layernorm")
 POSITION_TABLE = "latent_pos_embed.pos_embed"
 VIT_PREFIX = "vit_model."
-LAYOUT_TASKS = {"image": ("x2t_image", "t2i", "image_edit"), "video": TASKS}  # what each layout serves
+# what each layout serves (Lance spec sec. 1); "text" is a decoder alone, `language_model.*` and nothing else
+LAYOUT_TASKS = {"image": ("x2t_image", "t2i", "image_edit"), "video": TASKS, "text": ()}
 TIME_FREQUENCIES = 256  # width of the timestep sinusoid (Lance spec sec. 11), the same in every Lance
 
-# layout -> tasks of its family (Lance spec sec. 1); "text" is a decoder alone, `language_model.*` and nothing else
-LAYOUTS = {
-    "image": ("x2t_image", "t2i", "image_edit"),
-    "video": ("x2t_image", "x2t_video", "t2i", "t2v", "i2v", "image_edit", "video_edit"),
-    "text": (),
-}
 DECODER_PREFIX = "language_model."
 
 HUB = "https://huggingface.co/bytedance-research/Lance"
@@ -74,7 +69,7 @@ class Target:
 class Checkpoint:
     """An opened checkpoint: the files of its parts and its resolved sizes. Nothing is read into memory.
 
-    layout: a row of `LAYOUTS`. vit_file: None where the model's file bundles the vision tower or there is none;
+    layout: a row of `LAYOUT_TASKS`. vit_file: None where the model's file bundles the vision tower or there is none;
     vit_config_file, vae_file: None for a text model.
     """
 
@@ -257,7 +252,7 @@ def open_checkpoint(cfg: CheckpointConfig) -> Checkpoint:
 
 
 def layout_of(names: Sequence[str]) -> str:
-    """Which of `LAYOUTS` a model file's tensor names show."""
+    """Which of `LAYOUT_TASKS` a model file's tensor names show."""
     if all(name.startswith(DECODER_PREFIX) for name in names):
         return "text"
     return "video" if any(name.startswith(VIT_PREFIX) for name in names) else "image"

@@ -5,7 +5,7 @@ import torch
 
 from lance_quant.checkpoint.config import CheckpointConfig
 from lance_quant.checkpoint.inspect import inspect_checkpoint
-from lance_quant.checkpoint.layout import LAYOUTS, layout_of, open_checkpoint
+from lance_quant.checkpoint.layout import LAYOUT_TASKS, layout_of, open_checkpoint
 from lance_quant.errors import LanceQuantError
 from lance_quant.model.lance import load_lance
 from lance_quant.model.request import TASKS
@@ -14,8 +14,8 @@ from tests.random_checkpoint import random_checkpoint
 
 
 def test_the_video_layout_serves_every_task():
-    assert set(LAYOUTS["video"]) == set(TASKS)
-    assert set(LAYOUTS["image"]) == {"t2i", "image_edit", "x2t_image"}
+    assert set(LAYOUT_TASKS["video"]) == set(TASKS)
+    assert set(LAYOUT_TASKS["image"]) == {"t2i", "image_edit", "x2t_image"}
 
 
 def test_layout_of():
