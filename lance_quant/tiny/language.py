@@ -1,19 +1,21 @@
-"""Words for scenes: t2i captions, questions with their one right answer, edit instructions. Everything is a table
-row.
+"""Words for scenes: captions, questions with their one right answer, motions, edit instructions; all are table rows.
 
-A question is a row of QUESTIONS: a function from a scene to (question, answer), or None where the scene has no such
-question. Training never speaks of a held-out combination, not even to deny it.
+    said = SAYINGS["image_edit"](scene, rng)
+
+A question is a row of QUESTIONS or CLIP_QUESTIONS: a function from a scene to (question, answer), or None where the
+scene has no such question. Training never speaks of a held-out combination, not even to deny it.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from lance_quant.tiny.world import (
     BACKGROUNDS,
     COLOURS,
+    EDITS,
     GLYPHS,
     GRID,
     KINDS,
@@ -24,14 +26,17 @@ from lance_quant.tiny.world import (
     held_out,
 )
 
-INSTRUCTION = "Look at the image carefully and answer the question."
 NUMBERS = ("zero", "one", "two", "three")
 
 
-class Asked(NamedTuple):
+class Said(NamedTuple):
+    """What is said of a scene: the row of its table, the prompt, the answer where one is asked for, and the scene that
+    should come out."""
+
     row: str
-    question: str
+    prompt: str
     answer: str
+    target: Scene
 
 
 def noun(kind: str) -> str:
@@ -96,6 +101,27 @@ def caption(scene: Scene, rng: random.Random) -> str:
     else:
         text = " and ".join([", ".join(words[:-1]), words[-1]])
     return text + (f" on a {scene.background} background" if rng.random() < 0.3 else "")
+
+
+def clip_caption(scene: Scene, rng: random.Random) -> str:
+    """A prompt that the clip fulfils: the caption of its first frame, and what moves where."""
+    still, mover = caption(scene, rng), scene.mover
+    if mover is None:
+        return still
+    if len(scene.things) > 1:
+        return f"{still}, {motion(mover)}"
+    what, on, ground = still.partition(" on a ")
+    return f"{what} moves {mover.direction}{on}{ground}"
+
+
+def motion(mover: Thing) -> str:
+    return f"the {short(mover)} moves {mover.direction}"
+
+
+def clip_motion(scene: Scene) -> str:
+    """What i2v is told: what moves where from the first frame on."""
+    mover = scene.mover
+    return f"The {motion(mover)[4:]}." if mover else "Nothing moves."
 
 
 # ---------------------------------------------------------------- questions
@@ -197,8 +223,32 @@ def _describe(scene: Scene, rng: random.Random) -> tuple[str, str]:
     return "Describe the image.", describe(scene)
 
 
+def _moves(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    return "What moves?", short(scene.mover) if scene.mover else "nothing"
+
+
+def _way(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
+    """Of the thing that moves, mostly."""
+    lone = [scene.things[at] for at in scene.lone()]
+    if not lone:
+        return None
+    thing = scene.mover if scene.mover and rng.random() < 0.75 else rng.choice(lone)
+    return f"Where does the {short(thing)} move?", thing.direction or "nowhere"
+
+
+def _moving_colour(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
+    return scene.mover and ("What color is the moving object?", scene.mover.colour)
+
+
+def _describe_clip(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    moves = motion(scene.mover) if scene.mover else "nothing moves"
+    return "Describe the video.", f"{describe(scene)}, {moves}"
+
+
+Question = Callable[[Scene, random.Random], tuple[str, str] | None]
+
 # name -> (how often, the question)
-QUESTIONS: dict[str, tuple[float, Callable[[Scene, random.Random], tuple[str, str] | None]]] = {
+QUESTIONS: dict[str, tuple[float, Question]] = {
     "color": (3, _colour),
     "kind": (3, _kind),
     "at": (3, _at),
@@ -213,19 +263,30 @@ QUESTIONS: dict[str, tuple[float, Callable[[Scene, random.Random], tuple[str, st
     "background": (1, _background),
     "describe": (3, _describe),
 }
-_ROWS = tuple(QUESTIONS)
-_WEIGHTS = tuple(weight for weight, _ in QUESTIONS.values())
+CLIP_QUESTIONS: dict[str, tuple[float, Question]] = {
+    "moves": (4, _moves),
+    "way": (4, _way),
+    "moving_color": (2, _moving_colour),
+    "color": (2, _colour),
+    "kind": (2, _kind),
+    "glyph": (1, _glyph),
+    "count": (1, _count),
+    "exists": (1, _exists),
+    "background": (1, _background),
+    "describe_clip": (3, _describe_clip),
+}
 
 
-def ask(scene: Scene, rng: random.Random, row: str | None = None) -> Asked:
+def ask(scene: Scene, rng: random.Random, row: str | None = None, table: dict | None = None) -> Said:
     """A question about the scene, of that row, or of a row drawn by weight."""
+    table = table or QUESTIONS
     while True:
-        name = row or rng.choices(_ROWS, _WEIGHTS)[0]
-        asked = QUESTIONS[name][1](scene, rng)
+        name = row or rng.choices(tuple(table), [weight for weight, _ in table.values()])[0]
+        asked = table[name][1](scene, rng)
         if asked:
-            return Asked(name, *asked)
+            return Said(name, *asked, scene)
         if row:
-            return ask(scene, rng)
+            return ask(scene, rng, None, table)
 
 
 # ---------------------------------------------------------------- edits (names of world.EDITS)
@@ -238,11 +299,40 @@ EDIT_WORDS: dict[str, Callable[[Thing, Thing | None], str]] = {
 }
 
 
+CLIP_EDITS = ("recolour", "resize", "remove")
+
+
+def edit(scene: Scene, rng: random.Random, names: Sequence[str] = tuple(EDIT_WORDS)) -> Said | None:
+    """An instruction and the scene that follows it, never an empty one; None where all things are alike."""
+    lone = scene.lone()
+    if not lone:
+        return None
+    name = rng.choice([each for each in names if each != "remove" or len(scene.things) > 1])
+    at = rng.choice(lone)
+    edited = EDITS[name](scene, at, rng)
+    old = scene.things[at]
+    new = next((thing for thing in edited.things if thing not in scene.things), None)
+    return Said(name, EDIT_WORDS[name](old, new), "", edited)
+
+
+# ---------------------------------------------------------------- what each task says of a scene
+
+SAYINGS: dict[str, Callable[[Scene, random.Random], Said | None]] = {
+    "x2t_image": ask,
+    "t2i": lambda scene, rng: Said("caption", caption(scene, rng), "", scene),
+    "image_edit": edit,
+    "x2t_video": lambda scene, rng: ask(scene, rng, table=CLIP_QUESTIONS),
+    "t2v": lambda scene, rng: Said("moving" if scene.mover else "still", clip_caption(scene, rng), "", scene),
+    "i2v": lambda scene, rng: Said("moving" if scene.mover else "still", clip_motion(scene), "", scene),
+    "video_edit": lambda scene, rng: edit(scene, rng, CLIP_EDITS),
+}
+
+
 def corpus(rng: random.Random, scenes: list[Scene]) -> list[str]:
-    """Sentences of every table, for the tokenizer."""
+    """Sentences for the tokenizer, whose ids must outlive what is added to the tables above."""
     sentences = [f"on a {name} background" for name in BACKGROUNDS]
     for scene in scenes:
-        sentences += [caption(scene, rng), *(word for row in _ROWS for word in ask(scene, rng, row)[1:])]
+        sentences += [caption(scene, rng), *(word for row in QUESTIONS for word in ask(scene, rng, row)[1:3])]
         thing = scene.things[0]
         sentences += [words(thing, thing) for words in EDIT_WORDS.values()]
     return sentences

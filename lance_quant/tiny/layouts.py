@@ -19,9 +19,9 @@ from tokenizers import Tokenizer
 from lance_quant.errors import LanceQuantError
 from lance_quant.model.positions import block_mask
 from lance_quant.model.prompts import IM_END, SYSTEM, encode
+from lance_quant.model.request import INSTRUCTIONS
 from lance_quant.model.rotary import frequencies_on, rotary_tables
 from lance_quant.model.routing import Routing, Twin
-from lance_quant.tiny.language import INSTRUCTION
 
 TAIL = f"{IM_END}\n<|im_start|>assistant\n"
 LOOKS = (4, 4)  # merged vision-tower tokens of a 112 px picture
@@ -69,7 +69,7 @@ class AskLayout:
 
     @cached_property
     def prefix(self) -> list[int]:
-        return encode(self.tokenizer, head(INSTRUCTION) + "<|vision_start|>")
+        return encode(self.tokenizer, head(INSTRUCTIONS["x2t_image"]) + "<|vision_start|>")
 
     @property
     def length(self) -> int:

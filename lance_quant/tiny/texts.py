@@ -46,7 +46,7 @@ def _write(job: tuple[str, PoolPlan, int, int]) -> tuple[np.ndarray, ...]:
     for index, scene in enumerate(scenes):
         for place in range(plan.asks):
             asked = language.ask(scene, rng)
-            text[index, place], *spans[index, place] = ask.text(asked.question, asked.answer)
+            text[index, place], *spans[index, place] = ask.text(asked.prompt, asked.answer)
             rows[index, place] = ROWS.index(asked.row)
         for place in range(plan.captions):
             captions[index, place], lengths[index, place] = draw.caption(language.caption(scene, rng))

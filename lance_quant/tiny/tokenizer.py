@@ -13,7 +13,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from lance_quant.model.prompts import SYSTEM
-from lance_quant.tiny.language import INSTRUCTION, corpus
+from lance_quant.model.request import INSTRUCTIONS
+from lance_quant.tiny.language import corpus
 from lance_quant.tiny.world import sample_scene
 
 SPECIAL = (
@@ -33,8 +34,7 @@ def train_tokenizer(seed: int = 5) -> Tokenizer:
     scenes = [sample_scene(rng, jitter=4) for _ in range(2000)]  # fixed: ids must outlive changes of the world
     template = [
         *SYSTEM.values(),
-        INSTRUCTION,
-        "Watch the video carefully and answer the question.",
+        *INSTRUCTIONS.values(),
         "system\nuser\nassistant\n",
     ]
     tokenizer = Tokenizer(models.BPE())

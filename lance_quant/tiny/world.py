@@ -1,9 +1,9 @@
 """A scene is one to three coloured things in the nine cells of a 128 x 128 canvas; everything else here is a table.
 
-A thing is a shape or a glyph, has a colour, a size, a cell, a jitter of a few pixels and a cell it moves to (itself
-when it stands still). Every kind has one colour that no training task ever shows (`held_out`). Pictures are sprites
-pasted at whole pixels, so that the renderer is a gather on any device and the reader can match against the very
-same sprites.
+A thing is a shape or a glyph, has a colour, a size, a cell, a jitter of a few pixels and a cell it moves to in a clip
+(none when it stands still). Every kind has one colour that no training task ever shows (`held_out`). Pictures are
+sprites pasted at whole pixels, so that the renderer is a gather on any device and the reader can match against the
+very same sprites.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ HALF = 21  # a sprite is 43 x 43 pixels, its drawing ends before the rim
 JITTER = 3
 SLOTS = 3
 CLIP_FRAMES = 5  # frame 0 shows the cells, the last frame the cells moved to
+STILL = 0.2  # share of clips in which nothing moves
 
 COLOURS = {
     "red": (220, 40, 40),
@@ -41,6 +42,7 @@ SIZES = {"small": 12.5, "large": 17.0}  # radius in pixels
 POSITIONS = (
     "top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right",
 )  # fmt: skip
+MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # columns, rows of a clip's one move
 
 
 def _star(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -108,6 +110,14 @@ class Thing:
     def is_glyph(self) -> bool:
         return self.kind in GLYPHS
 
+    @property
+    def direction(self) -> str | None:
+        """The move of MOVES that the thing makes, None where it stands still."""
+        if self.goal is None or self.goal == self.cell:
+            return None
+        step = (self.goal % GRID - self.cell % GRID, self.goal // GRID - self.cell // GRID)
+        return next(name for name, move in MOVES.items() if move == step)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
@@ -119,6 +129,16 @@ class Scene:
     @property
     def is_held_out(self) -> bool:
         return any(held_out(thing.colour, thing.kind) for thing in self.things)
+
+    @property
+    def mover(self) -> Thing | None:
+        """The one thing that moves in the clip."""
+        return next((thing for thing in self.things if thing.direction), None)
+
+    def lone(self) -> list[int]:
+        """Indices of things that colour and kind tell from all others."""
+        names = [(thing.colour, thing.kind) for thing in self.things]
+        return [index for index, name in enumerate(names) if names.count(name) == 1]
 
 
 # ---------------------------------------------------------------- drawing scenes at random
@@ -148,6 +168,25 @@ def sample_scene(rng: random.Random, *, unseen: bool = False, things: int | None
             )
         )
     return Scene(things=tuple(sorted(drawn, key=lambda thing: thing.cell)), background=rng.choice(_BACKGROUND_NAMES))
+
+
+def sample_clip(rng: random.Random, *, unseen: bool = False) -> Scene:
+    """A scene in which one thing moves to a free neighbouring cell, or nothing does."""
+    while True:
+        scene = sample_scene(rng, unseen=unseen)
+        if rng.random() < STILL:
+            return scene
+        taken = {thing.cell for thing in scene.things}
+        moves = []
+        for at in scene.lone():
+            column, row = scene.things[at].cell % GRID, scene.things[at].cell // GRID
+            for dx, dy in MOVES.values():
+                goal = (row + dy) * GRID + column + dx
+                if 0 <= column + dx < GRID and 0 <= row + dy < GRID and goal not in taken:
+                    moves.append((at, goal))
+        if moves:
+            at, goal = rng.choice(moves)
+            return _swap(scene, at, replace(scene.things[at], goal=goal))
 
 
 def _jitter(rng: random.Random, reach: int) -> int:
@@ -180,7 +219,7 @@ def _swap(scene: Scene, at: int, thing: Thing) -> Scene:
     return replace(scene, things=tuple(sorted(things, key=lambda each: each.cell)))
 
 
-# name -> (scene, index of the thing, rng) -> the edited scene; the words for them are in language.EDITS
+# name -> (scene, index of the thing, rng) -> the edited scene; the words for them are in language.EDIT_WORDS
 EDITS: dict[str, Callable[[Scene, int, random.Random], Scene]] = {
     "recolour": _recolour,
     "resize": _resize,
@@ -294,3 +333,8 @@ def render(batch: SceneBatch) -> torch.Tensor:
 def picture(scene: Scene, time: float = 0.0) -> Image.Image:
     """The scene as a 128 x 128 RGB picture."""
     return Image.fromarray(render(pack([scene], time))[0].permute(1, 2, 0).contiguous().numpy())
+
+
+def clip(scene: Scene) -> tuple[Image.Image, ...]:
+    """The scene as CLIP_FRAMES pictures, the first at time 0, the last at time 1."""
+    return tuple(picture(scene, frame / (CLIP_FRAMES - 1)) for frame in range(CLIP_FRAMES))

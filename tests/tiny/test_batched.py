@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lance_quant.model import pixels, positions, prompts, sampler
+from lance_quant.model.request import INSTRUCTIONS
 from lance_quant.model.routing import Routing
 from lance_quant.tiny import batched, export, language, layouts, tokenizer, training, world
 from lance_quant.tiny.pools import shrink
@@ -62,10 +63,10 @@ def test_looks(case):
 def test_answer_logits(case):
     layout = layouts.AskLayout(case.tokenizer)
     for index, asked in enumerate(case.asked):
-        ids, start, end = layout.text(asked.question, asked.answer)
+        ids, start, end = layout.text(asked.prompt, asked.answer)
         logits = case.asker.logits(case.small[index : index + 1], torch.tensor([ids]))[0, :end]
         sample = prompts.assemble(
-            "x2t_image", case.tokenizer, asked.question, instruction=language.INSTRUCTION, vit_grid=(1, 8, 8)
+            "x2t_image", case.tokenizer, asked.prompt, instruction=INSTRUCTIONS["x2t_image"], vit_grid=(1, 8, 8)
         )
         answer = prompts.encode(case.tokenizer, asked.answer + prompts.IM_END)
         full = torch.cat((sample.ids, torch.tensor(answer)))

@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lance_quant.model.prompts import SYSTEM, encode, render
+from lance_quant.model.request import INSTRUCTIONS
 from lance_quant.tiny import language, tokenizer, world
 
 
@@ -33,7 +34,7 @@ def test_transformers_loads_it_with_the_same_ids(trained, tmp_path):
     assert len(loaded) == tokenizer.LENGTH and type(loaded).__name__.startswith("Qwen2")
     rng = random.Random(0)
     scene = world.sample_scene(rng)
-    texts = [render(task, language.caption(scene, rng), language.INSTRUCTION) for task in (*SYSTEM, "x2t_image")]
+    texts = [render(task, language.caption(scene, rng), INSTRUCTIONS["x2t_image"]) for task in (*SYSTEM, "x2t_image")]
     for text in (*texts, "Grüße, 12 ’quotes’\n\n  and more"):
         assert loaded.encode(text) == encode(trained, text)
         assert trained.decode(encode(trained, text), skip_special_tokens=False) == text

@@ -61,3 +61,15 @@ def test_edits_change_one_thing_and_stay_in_the_trained_world():
             assert edited != scene and not edited.is_held_out
             kept = set(scene.things) & set(edited.things)
             assert len(kept) >= len(scene.things) - 1, name
+
+
+def test_clips_move_one_thing_one_cell_to_a_free_place():
+    rng = random.Random(6)
+    clips = [world.sample_clip(rng) for _ in range(300)]
+    moving = [scene for scene in clips if scene.mover]
+    assert 200 < len(moving) < 290
+    for scene in moving:
+        assert sum(thing.direction is not None for thing in scene.things) == 1
+        assert scene.mover.goal not in {thing.cell for thing in scene.things}
+        assert sum((t.kind, t.colour) == (scene.mover.kind, scene.mover.colour) for t in scene.things) == 1
+    assert {scene.mover.direction for scene in moving} == set(world.MOVES)
