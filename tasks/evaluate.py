@@ -7,12 +7,13 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from lance_quant.checkpoint.layout import open_checkpoint
+from lance_quant.evaluation.config import evaluated_tasks
 from tasks.config import RunConfig, read_fields, sample_fields
 from tasks.stage import Devices, Progress, as_state
 from tasks.store import Artifact, Identity, Store
 
-BASELINE_REVISION = 1
-REVISION = 1
+BASELINE_REVISION = 2
+REVISION = 2
 
 
 @task(cache_policy=NO_CACHE)
@@ -22,7 +23,7 @@ def baseline(cfg: RunConfig, loaded: Artifact, devices: Devices) -> Artifact:
         stage="baseline",
         revision=BASELINE_REVISION,
         upstream={"load": loaded.key},
-        config=read_fields(cfg.evaluation) | sample_fields(cfg.checkpoint),
+        config=measured_fields(cfg, loaded),
     )
 
     def build(out: Path) -> dict:
@@ -42,7 +43,7 @@ def evaluate(cfg: RunConfig, loaded: Artifact, packed: Artifact, reference: Arti
         stage="evaluate",
         revision=REVISION,
         upstream={"load": loaded.key, "pack": packed.key, "baseline": reference.key},
-        config=read_fields(cfg.evaluation) | sample_fields(cfg.checkpoint),
+        config=measured_fields(cfg, loaded),
     )
 
     def build(out: Path) -> dict:
@@ -59,3 +60,9 @@ def evaluate(cfg: RunConfig, loaded: Artifact, packed: Artifact, reference: Arti
             return asdict(library.compare(job, out, device, Progress("evaluate")))
 
     return as_state(Store(cfg.artifacts).keep(identity, build))
+
+
+def measured_fields(cfg: RunConfig, loaded: Artifact) -> dict:
+    """What shapes samples and scores; `tasks: auto` counts as the tasks that it stands for."""
+    tasks = evaluated_tasks(cfg.evaluation, loaded.summary["layout"])
+    return read_fields(cfg.evaluation) | sample_fields(cfg.checkpoint) | {"tasks": tasks}

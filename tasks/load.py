@@ -10,6 +10,7 @@ from lance_quant.awq.config import RecipeConfig
 from lance_quant.awq.limits import check_group_size
 from lance_quant.checkpoint.layout import Checkpoint, Target, open_checkpoint, targets
 from lance_quant.errors import LanceQuantError
+from lance_quant.evaluation.config import evaluated_tasks
 from lance_quant.model.config import SPATIAL_DOWNSAMPLE, LanceConfig
 from tasks.config import RunConfig
 from tasks.stage import as_state
@@ -54,6 +55,7 @@ def open_run(cfg: RunConfig) -> Checkpoint:
     check_layout(checkpoint)
     check_picture_size(checkpoint)
     check_group_size(fixed_groups(cfg.recipe, checkpoint.config), cfg.group_size)
+    evaluated_tasks(cfg.evaluation, checkpoint.layout)
     return checkpoint
 
 

@@ -7,19 +7,11 @@ import json
 from pathlib import Path
 
 from lance_quant.evaluation.findings import Findings, ReportJob, packed_files
+from lance_quant.evaluation.names import SOURCE_NAMES, TASK_NAMES
 from lance_quant.evaluation.rendering import render
 
 HUB_MODEL = "bytedance-research/Lance"
 LEAST_PUBLISHED = 10**9  # parameters; anything smaller is a Lance-tiny of this project, under its licence
-TASKS = {  # task of Lance -> (pipeline tag of the hub, plain words)
-    "x2t_image": ("image-text-to-text", "answers about pictures"),
-    "x2t_video": ("video-text-to-text", "answers about videos"),
-    "t2i": ("text-to-image", "pictures from text"),
-    "t2v": ("text-to-video", "videos from text"),
-    "i2v": ("image-to-video", "videos from a picture"),
-    "image_edit": ("image-to-image", "picture editing"),
-    "video_edit": ("video-to-video", "video editing"),
-}
 
 
 def write_card(job: ReportJob, path: Path) -> None:
@@ -31,11 +23,11 @@ def write_card(job: ReportJob, path: Path) -> None:
         "job": job,
         "metrics": found.metrics,
         "front": front_matter(found),
-        "calibrated": [TASKS.get(task, ("", task))[1] for task in calibrated],
+        "calibrated": [TASK_NAMES[task].many if task in TASK_NAMES else task for task in calibrated],
+        "samples": SOURCE_NAMES[job.evaluated_on],
+        "calibration_samples": SOURCE_NAMES[job.calibrated_on],
         "example": next(iter(found.meta["per_weight"])).removesuffix(".weight"),
         "files": packed_files(job),
-        "answers": len(found.answers),
-        "pictures": len(found.pictures),
         "base": None if is_shipped(found) else HUB_MODEL,
     }
     path.write_text(render("card.md.j2", view), encoding="utf-8")
@@ -50,7 +42,7 @@ def front_matter(found: Findings) -> list[tuple[str, str]]:
     """(key, value as JSON, which is YAML too) of the card's header, as the hub reads it."""
     job = found.job
     tags = ["lance", "multimodal", "awq", f"{found.bits}-bit", "quantized"]
-    tags += [TASKS[task][0] for task in found.meta["tasks_calibrated"] if task in TASKS]
+    tags += [TASK_NAMES[task].tag for task in found.meta["tasks_calibrated"] if task in TASK_NAMES]
     origin = {"license": "apache-2.0"}
     if not is_shipped(found):  # the licence of other weights is their maker's to say
         origin = {"base_model": HUB_MODEL, "base_model_relation": "quantized"}

@@ -1,38 +1,77 @@
-"""`EvaluationConfig`: which held-out samples are compared, and how long answers and trajectories are."""
+"""`EvaluationConfig`: which held-out samples are compared, and how long answers, clips and trajectories are."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
+from lance_quant.checkpoint.layout import LAYOUT_TASKS
 from lance_quant.errors import LanceQuantError
+from lance_quant.model.request import TASKS
 
-TASKS = ("x2t_image", "t2i")
+SOURCES = ("scenes", "bundled")
 
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
-    """samples: per task, of scenes that Lance-tiny never trained on. steps, timestep_shift, guidance: of the sampler.
+    """tasks: "auto" (all that the checkpoint's layout serves) or a list. samples: per task.
 
-    The sampler's defaults are upstream's launcher's (Lance spec sec. 18).
+    source: "scenes" that Lance-tiny never trained on, or the "bundled" photographs, charts, texts and clips that
+    calibration leaves out. frames: of a clip at most, 4 n + 1; 0 leaves clips as they are. velocity_steps: steps of
+    the bf16 trajectory at which velocities are compared, evenly spread; 0 for all. steps, timestep_shift, guidance: of
+    the sampler, whose defaults are upstream's launcher's (Lance spec sec. 18).
     """
 
     name: str = "default"
-    tasks: list[str] = field(default_factory=lambda: list(TASKS))
+    source: str = "scenes"
+    tasks: Any = "auto"
     samples: int = 16
     max_new_tokens: int = 64
+    frames: int = 0
     steps: int = 30
+    velocity_steps: int = 0
     timestep_shift: float = 3.5
     guidance: float = 4.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for task in self.tasks:
-            if task not in TASKS:
-                raise LanceQuantError(f"evaluation.tasks has no '{task}'; choose from {', '.join(TASKS)}")
-        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
-            raise LanceQuantError(f"evaluation.tasks={self.tasks} must name each task once, of {', '.join(TASKS)}")
+        if self.source not in SOURCES:
+            raise LanceQuantError(f"evaluation.source={self.source} is unknown: take one of {', '.join(SOURCES)}")
+        self._check_tasks()
         if not 0 <= self.seed < 2**32:
             raise LanceQuantError(f"evaluation.seed={self.seed} must lie between 0 and 2**32 - 1")
         for name in ("samples", "max_new_tokens", "steps"):
             if getattr(self, name) < 1:
                 raise LanceQuantError(f"evaluation.{name}={getattr(self, name)} must be at least 1")
+        if self.frames and self.frames % 4 != 1:
+            raise LanceQuantError(f"evaluation.frames={self.frames} must be 4 n + 1, or 0 to leave clips as they are")
+        if self.velocity_steps < 0:
+            raise LanceQuantError(f"evaluation.velocity_steps={self.velocity_steps} must be 0, for all steps, or more")
         if self.timestep_shift <= 0:
             raise LanceQuantError(f"evaluation.timestep_shift={self.timestep_shift} must be positive")
+
+    def _check_tasks(self) -> None:
+        if self.tasks == "auto":
+            return
+        if not isinstance(self.tasks, list | tuple):
+            raise LanceQuantError(f"evaluation.tasks={self.tasks} must be auto or a list such as [x2t_image,t2i]")
+        for task in self.tasks:
+            if task not in TASKS:
+                raise LanceQuantError(f"evaluation.tasks has no '{task}'; choose from {', '.join(TASKS)}")
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
+            raise LanceQuantError(f"evaluation.tasks={self.tasks} must name each task once, of {', '.join(TASKS)}")
+
+
+def evaluated_tasks(cfg: EvaluationConfig, layout: str) -> list[str]:
+    """The tasks to run on a checkpoint of a layout, in the order of TASKS.
+
+    Raises LanceQuantError for one that it does not serve.
+    """
+    served = LAYOUT_TASKS[layout]
+    if cfg.tasks == "auto":
+        return list(served)
+    for task in cfg.tasks:
+        if task not in served:
+            raise LanceQuantError(
+                f"evaluation.tasks has '{task}', which a checkpoint of the {layout} layout does not serve: "
+                f"choose from {', '.join(served) or 'none, tasks=auto'}"
+            )
+    return [task for task in served if task in cfg.tasks]

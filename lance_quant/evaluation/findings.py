@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from lance_quant.evaluation.means import ALL
+from lance_quant.evaluation.names import PATH_TITLES, SCORES, TASK_COLUMNS, TASK_NAMES, counted
 from lance_quant.evaluation.rendering import decibel
+from lance_quant.model.request import TASKS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,74 +27,18 @@ class ReportJob:
     metrics: Path
     capture: Path | None = None
     settings: dict = field(default_factory=dict)  # the resolved configuration, nested or flat
+    calibrated_on: str = "scenes"  # sources of the samples, of names.SOURCE_NAMES
+    evaluated_on: str = "scenes"
     min_tokens: int = 256  # a linear that saw fewer counts as not covered
 
 
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """One row of the scores table: where its mean stands in metrics.json and its samples in a Parquet file."""
-
-    key: str
-    task: str  # "x2t" | "t2i"
-    title: str
-    meaning: str
-    kind: str  # how the number is written: percent | ratio | small | plain | decibel
-    best: str
-    table: str = ""
-    column: str = ""
-    worst: str = "min"  # which end of the column is the worst sample
-
-
-SCORES = (
-    Score(key="x2t_exact", task="x2t", title="Identical answers", kind="percent", best="100 %",
-          meaning="Share of answers that are the bf16 answer, character for character."),
-    Score(key="x2t_levenshtein", task="x2t", title="Character similarity", kind="ratio", best="1",
-          meaning="1 minus the edits that turn one answer into the other, per character (Levenshtein).",
-          table="answers", column="levenshtein"),
-    Score(key="x2t_difflib", task="x2t", title="Sequence similarity", kind="ratio", best="1",
-          meaning="Share of the text that lies in common runs of characters (difflib ratio).",
-          table="answers", column="difflib"),
-    Score(key="x2t_jaccard", task="x2t", title="Word overlap", kind="ratio", best="1",
-          meaning="Words used by both answers, of the words used by either (Jaccard).",
-          table="answers", column="jaccard"),
-    Score(key="top1", task="x2t", title="Same next token", kind="percent", best="100 %",
-          meaning="How often both models put the same token first, when both are led along the bf16 answer.",
-          table="forced", column="top1"),
-    Score(key="kl", task="x2t", title="KL divergence", kind="small", best="0",
-          meaning="Information lost per token, in nats, between the two next-token distributions.",
-          table="forced", column="kl", worst="max"),
-    Score(key="perplexity_baseline", task="x2t", title="Perplexity, bf16", kind="plain", best="1",
-          meaning="How many tokens bf16 hesitates between, on its own answers.",
-          table="forced", column="perplexity_baseline", worst="max"),
-    Score(key="perplexity_int4", task="x2t", title="Perplexity, {label}", kind="plain", best="as bf16",
-          meaning="The same for the quantized model, on the same bf16 answers.",
-          table="forced", column="perplexity_int4", worst="max"),
-    Score(key="velocity_relative_l2", task="t2i", title="Velocity error", kind="small", best="0",
-          meaning="Size of the error of one denoising step's output, relative to it, on the bf16 trajectory.",
-          table="velocity", column="relative_l2", worst="max"),
-    Score(key="velocity_guided_relative_l2", task="t2i", title="Velocity error, guided", kind="small", best="0",
-          meaning="The same after classifier-free guidance, which enlarges small differences.",
-          table="velocity", column="guided_relative_l2", worst="max"),
-    Score(key="velocity_cosine", task="t2i", title="Velocity direction", kind="plain", best="1",
-          meaning="Cosine between the two outputs of one denoising step: 1 is the same direction.",
-          table="velocity", column="cosine"),
-    Score(key="latent_relative_l2", task="t2i", title="Final latent error", kind="small", best="0",
-          meaning="Relative error of the finished latent, each model on its own trajectory from the same noise.",
-          table="pictures", column="latent_relative_l2", worst="max"),
-    Score(key="psnr", task="t2i", title="Picture PSNR", kind="decibel", best="100 dB",
-          meaning="Pixel difference of the decoded pictures, in decibels; 100 dB stands for identical.",
-          table="pictures", column="psnr"),
-    Score(key="ssim", task="t2i", title="Picture SSIM", kind="ratio", best="1",
-          meaning="Likeness of local structure as the eye weighs it.",
-          table="pictures", column="ssim"),
-)  # fmt: skip
-
 COLUMNS = {
-    "answers": "name prompt reference baseline int4 exact levenshtein difflib jaccard "
+    "answers": "name task prompt reference baseline int4 exact levenshtein difflib jaccard "
     "reference_exact_baseline reference_exact_int4",
-    "forced": "name tokens perplexity_baseline perplexity_int4 kl top1",
-    "velocity": "name step timestep relative_l2 cosine guided_relative_l2 guided_cosine",
-    "pictures": "name prompt latent_relative_l2 psnr ssim",
+    "forced": "name task tokens perplexity_baseline perplexity_int4 kl top1",
+    "velocity": "name task step timestep relative_l2 cosine guided_relative_l2 guided_cosine",
+    "pictures": "name task prompt frames latent_relative_l2 psnr ssim correct_baseline correct_int4",
+    "metrics": "task path score samples value",
     "losses": "layer path fold family alpha loss chosen",
     "linears": "layer path name scheme group_size bits error_before error_after error_kind",
     "coverage": "task path layer site tokens",
@@ -108,6 +55,7 @@ class Findings:
         self.job = job
         self.meta = json.loads((job.packed / "awq_meta.json").read_text())
         self.metrics = json.loads((job.metrics / "metrics.json").read_text())
+        self.means = table("metrics", [job.metrics])
         # furthest apart first: a reader should not have to look for what went wrong
         self.answers = table("answers", [job.metrics]).sort_values(["levenshtein", "name"], ignore_index=True)
         self.pictures = table("pictures", [job.metrics]).sort_values(["psnr", "name"], ignore_index=True)
@@ -162,7 +110,7 @@ class Findings:
         rows = []
         for score in SCORES:
             mean = self.metrics.get(score.key)
-            if mean is None or mean != mean or not self.metrics.get(f"samples_{score.task}", 0):
+            if mean is None or mean != mean or not self.metrics[f"samples_{score.path}"]:
                 continue
             samples = getattr(self, score.table) if score.table else pd.DataFrame()
             worst = None
@@ -174,19 +122,52 @@ class Findings:
         return rows
 
     @cached_property
+    def by_task(self) -> list[dict]:
+        """Per path the table with a row a task: headings, kinds, and rows of values, None where there is no such score.
+
+        A column that no task has is left out; the last row is over all tasks where there are several.
+        """
+        out = []
+        for path, part in self.means.groupby("path", sort=False):
+            values = {(row.task, row.score): row.value for row in part.itertuples()}
+            samples = part.groupby("task", sort=False)["samples"].max()
+            columns = [column for column in TASK_COLUMNS[path] if (ALL, column[0]) in values]
+            tasks = [task for task in TASKS if task in samples]
+            tasks += [ALL] if len(tasks) > 1 else []
+            rows = [
+                {
+                    "task": task,
+                    "title": TASK_NAMES[task].title if task in TASK_NAMES else "All",
+                    "samples": int(samples[task]),
+                    "values": [values.get((task, score)) for score, _, _ in columns],
+                }
+                for task in tasks
+            ]
+            heads = [heading.format(label=self.label) for _, heading, _ in columns]
+            kinds = [kind for _, _, kind in columns]
+            out.append({"path": path, "title": PATH_TITLES[path], "heads": heads, "kinds": kinds, "rows": rows})
+        return out
+
+    @cached_property
+    def samples(self) -> dict[str, int]:
+        """Samples a task, in the order of TASKS."""
+        counts = self.means[self.means["task"] != ALL].groupby("task")["samples"].max()
+        return {task: int(counts[task]) for task in TASKS if task in counts}
+
+    @property
+    def measured_on(self) -> str:
+        """`16 questions about pictures, 16 edited clips`."""
+        return ", ".join(counted(task, count) for task, count in self.samples.items())
+
+    @cached_property
     def right(self) -> dict | None:
         """How many answers equal the reference answer, before and after; None where the samples have no reference."""
-        known = self.answers[self.answers["reference"].fillna("").str.strip() != ""]
-        if not len(known):
-            return None
-        before, after = known["reference_exact_baseline"].astype(bool), known["reference_exact_int4"].astype(bool)
-        return {
-            "of": len(known),
-            "before": int(before.sum()),
-            "after": int(after.sum()),
-            "lost": int((before & ~after).sum()),
-            "gained": int((~before & after).sum()),
-        }
+        return judged(self.answers, "reference_exact")
+
+    @cached_property
+    def as_asked(self) -> dict | None:
+        """How many pictures and clips show what was asked for, before and after; None where none can be judged."""
+        return judged(self.pictures, "correct")
 
     @cached_property
     def same(self) -> int:
@@ -199,7 +180,9 @@ class Findings:
         if len(self.answers):
             parts.append(f"{self.same} of {len(self.answers)} answers identical to bf16")
         if len(self.pictures):
-            parts.append(f"pictures {decibel(self.metrics['psnr'])} from bf16")
+            clips = self.pictures["frames"] > 1
+            drawn = "clips" if clips.all() else "pictures and clips" if clips.any() else "pictures"
+            parts.append(f"{drawn} {decibel(self.metrics['psnr'])} from bf16")
         parts.append(f"{self.factor:.2f} times smaller")
         return f"{self.bits} bits at group size {self.group_size}: {', '.join(parts)}."
 
@@ -238,6 +221,21 @@ class Findings:
 
 
 SITE_ORDER = "qkv o gate_up down"
+
+
+def judged(rows: pd.DataFrame, column: str) -> dict | None:
+    """Counts of samples that are right in bf16 and quantized, lost and gained between; None where none was judged."""
+    known = rows.dropna(subset=[f"{column}_baseline", f"{column}_int4"])
+    if not len(known):
+        return None
+    before, after = known[f"{column}_baseline"].astype(bool), known[f"{column}_int4"].astype(bool)
+    return {
+        "of": len(known),
+        "before": int(before.sum()),
+        "after": int(after.sum()),
+        "lost": int((before & ~after).sum()),
+        "gained": int((~before & after).sum()),
+    }
 
 
 def table(name: str, folders: list[Path]) -> pd.DataFrame:

@@ -56,6 +56,21 @@ def picture_scores(baseline: np.ndarray, other: np.ndarray) -> PictureScores:
     )
 
 
+def clip_scores(baseline: np.ndarray, other: np.ndarray) -> PictureScores:
+    """Means of PSNR and SSIM over the frames of two uint8 clips [T, H, W, 3]; a picture is a clip of one frame.
+
+    Raises LanceQuantError where `picture_scores` does, and where the clips differ in length.
+    """
+    if len(baseline) != len(other):
+        raise LanceQuantError(
+            f"clips of {len(baseline)} and {len(other)} frames cannot be compared: generate both at one length"
+        )
+    scores = [picture_scores(before, after) for before, after in zip(baseline, other, strict=True)]
+    return PictureScores(
+        psnr=float(np.mean([score.psnr for score in scores])), ssim=float(np.mean([score.ssim for score in scores]))
+    )
+
+
 def tensor_errors(baseline: torch.Tensor, other: torch.Tensor) -> TensorErrors:
     """Relative L2 error and cosine of two float tensors of one shape (velocities, latents), accumulated in float64.
 

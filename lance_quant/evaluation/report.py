@@ -19,10 +19,15 @@ from PIL import Image
 from lance_quant.evaluation.card import write_card
 from lance_quant.evaluation.charts import Line, line_chart, loss_panel
 from lance_quant.evaluation.findings import Findings, ReportJob, packed_files
+from lance_quant.evaluation.names import SOURCE_NAMES, TASK_NAMES
 from lance_quant.evaluation.rendering import TEMPLATES, render
+from lance_quant.model.request import TASKS
 
-THUMBNAIL, PICTURE = 192, 512  # longest edge of an embedded input and of an embedded result, pixels
-SHOWN_ANSWERS, SHOWN_PICTURES = 24, 24  # in report.html, furthest apart first; report.md lists all
+THUMBNAIL, PICTURE, STRIP = 192, 512, 1280  # longest edge of an embedded input, result and clip, pixels
+MOST_PNG = 100_000  # bytes; a larger picture is embedded as JPEG
+QUALITY = 92
+SHOWN_ANSWERS, SHOWN_PICTURES = 12, 8  # of a task in report.html, furthest apart first; report.md lists all
+WIDE = 2.5  # width over height from which a picture is a clip's strip
 GAIN = 8  # of the difference pictures
 WORST = 10  # linears listed
 
@@ -69,32 +74,37 @@ def common_view(found: Findings) -> dict:
         "found": found,
         "job": found.job,
         "metrics": found.metrics,
-        "answers": records(found.answers),
-        "pictures": records(found.pictures),
-        "forced": {row["name"]: row for row in records(found.forced)},
-        "velocity": records(velocity_by_step(found)),
+        "samples": SOURCE_NAMES[found.job.evaluated_on],
+        "answers": by_task(found.answers),
+        "pictures": by_task(found.pictures),
+        "velocity": records(velocity_by_step(found.velocity)),
         "alphas": records(found.alphas),
         "linears": records(found.linears.head(WORST)),
         "files": packed_files(found.job),
     }
 
 
+def by_task(rows: pd.DataFrame) -> list[tuple[str, str, list[dict]]]:
+    """(task, title, rows in their order) of every task that has some."""
+    parts = ((task, records(rows[rows["task"] == task])) for task in TASKS)
+    return [(task, TASK_NAMES[task].title, part) for task, part in parts if part]
+
+
 def html_view(found: Findings) -> dict:
     """What only the page shows: embedded pictures and charts."""
-    job = found.job
+    shown = [row for _, _, rows in by_task(found.answers) for row in rows[:SHOWN_ANSWERS]]
+    drawn = [row for _, _, rows in by_task(found.pictures) for row in rows[:SHOWN_PICTURES]]
     return {
         "style": (TEMPLATES / "report.css").read_text(encoding="utf-8"),
-        "thumbnails": {
-            name: embedded(Image.open(path), THUMBNAIL)
-            for name in found.answers["name"][:SHOWN_ANSWERS]
-            if (path := job.baseline / "images" / f"{name}.png").exists()
-        },
-        "differences": {row["name"]: word_difference(row["baseline"], row["int4"]) for row in records(found.answers)},
-        "triples": {name: triple(found, name) for name in found.pictures["name"][:SHOWN_PICTURES]},
+        "inputs": {row["name"]: shot for row in shown if (shot := given(found, row["name"], THUMBNAIL)) is not None},
+        "differences": {row["name"]: word_difference(row["baseline"], row["int4"]) for row in shown},
+        "shots": {row["name"]: shots(found, row["name"]) for row in drawn},
         "shown_answers": SHOWN_ANSWERS,
+        "shown_pictures": SHOWN_PICTURES,
         "gain": GAIN,
         "velocity_chart": velocity_chart(found, "relative_l2", "relative L2 error"),
         "cosine_chart": velocity_chart(found, "cosine", "1 − cosine"),
+        "charted": [task for task, _, _ in by_task(found.velocity)],
         "loss_panels": loss_panels(found),
     }
 
@@ -102,31 +112,60 @@ def html_view(found: Findings) -> dict:
 def copy_pictures(found: Findings, folder: Path) -> None:
     """Inputs and results under names that report.md links: <name>.input.png, <name>.bf16.png, <name>.int4.png."""
     folder.mkdir()
-    for name in found.answers["name"]:
-        if (source := found.job.baseline / "images" / f"{name}.png").exists():
+    for name in (*found.answers["name"], *found.pictures["name"]):
+        if (source := given_file(found, name)).exists():
             shutil.copyfile(source, folder / f"{name}.input.png")
     for name in found.pictures["name"]:
         shutil.copyfile(found.job.baseline / "pictures" / f"{name}.png", folder / f"{name}.bf16.png")
         shutil.copyfile(found.job.metrics / "pictures" / f"{name}.png", folder / f"{name}.{found.label}.png")
 
 
-def triple(found: Findings, name: str) -> list[tuple[str, str]]:
-    """(caption, data address) of bf16, quantized and their difference."""
+@dataclass(frozen=True, kw_only=True)
+class Shot:
+    """An embedded picture. wide: a clip's frames side by side, which want a line of their own."""
+
+    caption: str
+    address: str
+    wide: bool
+
+
+def given_file(found: Findings, name: str) -> Path:
+    return found.job.baseline / "images" / f"{name}.png"
+
+
+def given(found: Findings, name: str, edge: int) -> Shot | None:
+    """What a sample was asked about or started from; None where that was text alone."""
+    file = given_file(found, name)
+    return shot("given", Image.open(file), edge) if file.exists() else None
+
+
+def shots(found: Findings, name: str) -> list[Shot]:
+    """What was given, if anything, bf16, quantized, and the difference of the two."""
     before = Image.open(found.job.baseline / "pictures" / f"{name}.png").convert("RGB")
     after = Image.open(found.job.metrics / "pictures" / f"{name}.png").convert("RGB")
     distance = np.abs(np.asarray(before, dtype=np.int16) - np.asarray(after, dtype=np.int16))
     difference = Image.fromarray(np.clip(GAIN * distance, 0, 255).astype(np.uint8))
+    source = given(found, name, PICTURE)
     captions = ("bf16", found.label, f"difference × {GAIN}")
-    return [(text, embedded(image, PICTURE)) for text, image in zip(captions, (before, after, difference), strict=True)]
+    drawn = [shot(text, image, PICTURE) for text, image in zip(captions, (before, after, difference), strict=True)]
+    return drawn if source is None else [source, *drawn]
+
+
+def shot(caption: str, image: Image.Image, edge: int) -> Shot:
+    wide = image.width > WIDE * image.height
+    return Shot(caption=caption, address=embedded(image, max(edge, STRIP) if wide else edge), wide=wide)
 
 
 def embedded(image: Image.Image, edge: int) -> str:
-    """A data address of the picture as PNG, its longest edge at most `edge` pixels."""
+    """A data address of the picture, its longest edge at most `edge` pixels: PNG, or JPEG where that is large."""
     image = image.convert("RGB")
     image.thumbnail((edge, edge), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
+    buffer, kind = io.BytesIO(), "png"
     image.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    if buffer.tell() > MOST_PNG:
+        buffer, kind = io.BytesIO(), "jpeg"
+        image.save(buffer, "JPEG", quality=QUALITY, subsampling=0)
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def word_difference(before: str, after: str) -> list[tuple[str, bool]]:
@@ -136,10 +175,10 @@ def word_difference(before: str, after: str) -> list[tuple[str, bool]]:
     return [(" ".join(b[j1:j2]), tag != "equal") for tag, _, _, j1, j2 in blocks if j2 > j1]
 
 
-def velocity_by_step(found: Findings) -> pd.DataFrame:
+def velocity_by_step(velocity: pd.DataFrame) -> pd.DataFrame:
     """Mean over samples: step, timestep, relative_l2, the largest of it, cosine."""
     return (
-        found.velocity.groupby("step")
+        velocity.groupby("step")
         .agg(
             timestep=("timestep", "mean"),
             relative_l2=("relative_l2", "mean"),
@@ -151,15 +190,20 @@ def velocity_by_step(found: Findings) -> pd.DataFrame:
 
 
 def velocity_chart(found: Findings, column: str, title: str) -> str:
-    """One thin line a sample, the mean over it; timestep 1 (noise) at the left."""
+    """One line a task, or of a single task one thin line a sample and their mean; timestep 1 (noise) at the left."""
 
     def line(part: pd.DataFrame, style: str) -> Line:
         y = 1 - part[column] if column == "cosine" else part[column]
         return Line(x=part["timestep"].astype(float).tolist(), y=y.astype(float).tolist(), style=style)
 
-    samples = [line(part, "sample") for _, part in found.velocity.groupby("name")]
-    mean = [line(velocity_by_step(found), "mean")] if samples else []
-    return line_chart(samples + mean, "timestep, from noise (1) to picture (0)", title, flip=True)
+    velocity = found.velocity
+    tasks = [task for task in TASKS if (velocity["task"] == task).any()]
+    if len(tasks) > 1:
+        lines = [line(velocity_by_step(velocity[velocity["task"] == task]), f"task {task}") for task in tasks]
+    else:
+        lines = [line(part, "sample") for _, part in velocity.groupby("name")]
+        lines += [line(velocity_by_step(velocity), "mean")] if tasks else []
+    return line_chart(lines, "timestep, from noise (1) to picture (0)", title, flip=True)
 
 
 def loss_panels(found: Findings) -> list[tuple[str, list[str], dict[str, str], list[str]]]:

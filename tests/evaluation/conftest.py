@@ -11,7 +11,11 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
 from lance_quant.evaluation.findings import ReportJob
+from lance_quant.evaluation.means import flat, means
+from lance_quant.evaluation.samples import strip
+from lance_quant.model.request import CLIP_TASKS, GIVEN, UNDERSTANDING
 
+STEPS = 12
 COLORS = {"red": (214, 64, 56), "blue": (52, 96, 200), "green": (60, 160, 90), "orange": (240, 160, 60)}
 
 
@@ -25,106 +29,93 @@ def scene(color: str, seed: int) -> Image.Image:
     return image
 
 
-def write_metrics(folder: Path, x2t: int, t2i: int) -> None:
-    rng, colors = np.random.default_rng(0), list(COLORS)
-    metrics = {
-        "samples_x2t": x2t,
-        "samples_t2i": t2i,
-        "bytes_source": 9_600_000,
-        "bytes_packed": 1_830_000,
-        "seconds": 12.5,
-    }
-    if x2t:
-        same = [i % 4 != 1 for i in range(x2t)]
-        truth = [f"three {colors[i % 4]} circles" for i in range(x2t)]
-        int4 = [t if s else t.replace("three", "two") for t, s in zip(truth, same, strict=True)]
-        close = np.where(same, 1.0, 0.74)
-        pd.DataFrame(
-            {
-                "name": [f"x2t_{i:02d}" for i in range(x2t)],
-                "prompt": ["What is in the picture | <b>exactly</b>?"] * x2t,
-                "reference": truth,
-                "baseline": truth,
-                "int4": int4,
-                "exact": np.array(same, dtype=float),
-                "levenshtein": close,
-                "difflib": close,
-                "jaccard": np.where(same, 1.0, 0.5),
-                "reference_exact_baseline": True,
-                "reference_exact_int4": same,
-            }
-        ).to_parquet(folder / "answers.parquet")
-        pd.DataFrame(
-            {
-                "name": [f"x2t_{i:02d}" for i in range(x2t)],
-                "tokens": 5,
-                "perplexity_baseline": 1.02,
-                "perplexity_int4": 1.02 + 0.02 * rng.random(x2t),
-                "kl": 0.004 * rng.random(x2t),
-                "top1": close,
-            }
-        ).to_parquet(folder / "forced.parquet")
-        metrics |= {
-            "x2t_exact": float(np.mean(same)),
-            "x2t_levenshtein": float(close.mean()),
-            "x2t_difflib": float(close.mean()),
-            "x2t_jaccard": 0.9,
-            "perplexity_baseline": 1.02,
-            "perplexity_int4": 1.031,
-            "kl": 0.0021,
-            "top1": 0.981,
+def name_of(task: str, index: int) -> str:
+    return f"{task}_{index:02d}"
+
+
+def write_metrics(folder: Path, tasks: dict[str, int]) -> None:
+    """Tables of a comparison with `tasks` samples a task, and the means of them."""
+    tables: dict[str, list[dict]] = {"answers": [], "forced": [], "velocity": [], "pictures": []}
+    for task, count in tasks.items():
+        for index in range(count):
+            row = {"name": name_of(task, index), "task": task}
+            if task in UNDERSTANDING:
+                question(tables, row, index)
+            else:
+                drawing(tables, row, index)
+    frames = {name: pd.DataFrame(rows) for name, rows in tables.items() if rows}
+    table = means(frames)
+    for name, frame in (frames | {"metrics": table}).items():
+        frame.to_parquet(folder / f"{name}.parquet", index=False)
+    sizes = {"bytes_source": 9_600_000, "bytes_packed": 1_830_000, "seconds": 12.5}
+    (folder / "metrics.json").write_text(json.dumps(flat(table) | sizes))
+
+
+def question(tables: dict, row: dict, index: int) -> None:
+    same, truth = index % 4 != 1, f"three {list(COLORS)[index % 4]} circles"
+    close = 1.0 if same else 0.74
+    tables["answers"].append(
+        row
+        | {
+            "prompt": "What is in the picture | <b>exactly</b>?",
+            "reference": truth,
+            "baseline": truth,
+            "int4": truth if same else truth.replace("three", "two"),
+            "exact": float(same),
+            "levenshtein": close,
+            "difflib": close,
+            "jaccard": 1.0 if same else 0.5,
+            "reference_exact_baseline": True,
+            "reference_exact_int4": same,
         }
-    if t2i:
-        steps, names = 12, [f"t2i_{i:02d}" for i in range(t2i)]
-        times = np.linspace(1.0, 0.08, steps)
-        pd.DataFrame(
-            [
-                {
-                    "name": name,
-                    "step": i,
-                    "timestep": t,
-                    "relative_l2": e,
-                    "cosine": 1 - e * e / 2,
-                    "guided_relative_l2": 2 * e,
-                    "guided_cosine": 1 - 2 * e * e,
-                }
-                for name in names
-                for i, t in enumerate(times)
-                for e in [0.02 + 0.05 * (1 - t) ** 2 * (0.7 + rng.random() * 0.6)]
-            ]
-        ).to_parquet(folder / "velocity.parquet")
-        pd.DataFrame(
-            {
-                "name": names,
-                "prompt": [f"three {colors[i % 4]} circles on a pale ground" for i in range(t2i)],
-                "latent_relative_l2": 0.05 + 0.03 * rng.random(t2i),
-                "psnr": 28 + 8 * rng.random(t2i),
-                "ssim": 0.95,
-            }
-        ).to_parquet(folder / "pictures.parquet")
-        metrics |= {
-            "velocity_relative_l2": 0.034,
-            "velocity_cosine": 0.99931,
-            "velocity_guided_relative_l2": 0.068,
+    )
+    tables["forced"].append(
+        row | {"tokens": 5, "perplexity_baseline": 1.02, "perplexity_int4": 1.031, "kl": 0.0021, "top1": close}
+    )
+
+
+def drawing(tables: dict, row: dict, index: int) -> None:
+    """Velocity errors of 0.034 in the mean, PSNR of 31.7 dB in the mean of every two."""
+    for step, t in enumerate(np.linspace(1.0, 0.08, STEPS)):
+        error = 0.034 * (0.5 + step / (STEPS - 1))
+        errors = {"relative_l2": error, "cosine": 1 - error**2 / 2}
+        guided = {"guided_relative_l2": 2 * error, "guided_cosine": 1 - 2 * error**2}
+        tables["velocity"].append(row | {"step": step, "timestep": t} | errors | guided)
+    tables["pictures"].append(
+        row
+        | {
+            "prompt": f"three {list(COLORS)[index % 4]} circles on a pale ground",
+            "frames": 5 if row["task"] in CLIP_TASKS else 1,
             "latent_relative_l2": 0.062,
-            "psnr": 31.7,
+            "psnr": 31.7 + (2 if index % 2 else -2),
             "ssim": 0.95,
+            "correct_baseline": True,
+            "correct_int4": index % 4 != 3,
         }
-    (folder / "metrics.json").write_text(json.dumps(metrics))
+    )
 
 
-def write_pictures(baseline: Path, metrics: Path, x2t: int, t2i: int) -> None:
+def write_pictures(baseline: Path, metrics: Path, tasks: dict[str, int]) -> None:
     colors = list(COLORS)
     for folder in (baseline / "images", baseline / "pictures", metrics / "pictures"):
         folder.mkdir(parents=True)
-    for i in range(x2t):
-        scene(colors[i % 4], i).save(baseline / "images" / f"x2t_{i:02d}.png")
-    for i in range(t2i):
-        before = scene(colors[i % 4], 50 + i)
-        before.save(baseline / "pictures" / f"t2i_{i:02d}.png")
-        noise = np.random.default_rng(i).normal(0, 6, (96, 96, 3))
-        after = np.clip(np.asarray(before) + noise, 0, 255).astype(np.uint8)
-        Image.fromarray(after).save(metrics / "pictures" / f"t2i_{i:02d}.png")
+    for task, count in tasks.items():
+        for index in range(count):
+            name = f"{name_of(task, index)}.png"
+            if task in GIVEN:
+                shown = 5 if GIVEN[task] == "video" else 1
+                side_by_side([scene(colors[index % 4], index)] * shown).save(baseline / "images" / name)
+            if task in UNDERSTANDING:
+                continue
+            before = side_by_side([scene(colors[index % 4], 50 + index)] * (5 if task in CLIP_TASKS else 1))
+            before.save(baseline / "pictures" / name)
+            noise = np.random.default_rng(index).normal(0, 6, np.asarray(before).shape)
+            after = np.clip(np.asarray(before) + noise, 0, 255).astype(np.uint8)
+            Image.fromarray(after).save(metrics / "pictures" / name)
+
+
+def side_by_side(frames: list[Image.Image]) -> Image.Image:
+    return strip([np.asarray(frame) for frame in frames])
 
 
 def write_layer(folder: Path, layer: int) -> None:
@@ -191,13 +182,14 @@ def write_packed(folder: Path, calibrated: list[str]) -> None:
 
 @pytest.fixture
 def make_job(tmp_path):
-    """make_job(x2t=8, t2i=4, layers=4, searched=True) -> ReportJob over freshly written artifacts."""
+    """make_job(x2t_image=8, t2i=4) -> ReportJob over freshly written artifacts of so many samples a task."""
     count = iter(range(100))
 
-    def make(x2t: int = 8, t2i: int = 4, layers: int = 4, searched: bool = True) -> ReportJob:
+    def make(layers: int = 4, searched: bool = True, **tasks: int) -> ReportJob:
+        tasks = tasks or {"x2t_image": 8, "t2i": 4}
         root = tmp_path / f"run{next(count)}"
-        write_pictures(root / "baseline", root / "metrics", x2t, t2i)
-        write_metrics(root / "metrics", x2t, t2i)
+        write_pictures(root / "baseline", root / "metrics", tasks)
+        write_metrics(root / "metrics", tasks)
         write_packed(root / "packed", ["x2t_image", "t2i"] if searched else [])
         for layer in range(layers if searched else 0):
             write_layer(root / f"layer{layer}", layer)

@@ -46,12 +46,13 @@ def test_body_says_what_was_measured(make_job):
     job = make_job()
     _, body = card(job)
     for wanted in (
-        "8 questions about pictures, 4 generated pictures",
+        "8 questions about pictures, 4 pictures from text",
+        "| `t2i` | 4 | 100 % | 75.0 % | 0.0340 |",
         "drawn scenes of coloured shapes",
         "| Picture PSNR | 31.7 dB |",
         "1.83 MB",
         "9.60 MB",
-        "Calibrated on answers about pictures, pictures from text, of drawn scenes as well.",
+        "Calibrated on questions about pictures, pictures from text: drawn scenes of coloured shapes.",
         "bf16 8 of 8 right, int4 6 of 8",
     ):
         assert wanted in body, wanted

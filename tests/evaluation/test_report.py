@@ -84,7 +84,7 @@ def test_everything_is_in_both_reports(make_job, tmp_path):
 def test_html_is_self_contained(make_job, tmp_path):
     _, html, _ = written(make_job(), tmp_path / "out")
     sources = re.findall(r'(?:src|href)="([^"]*)"', html)
-    assert len(sources) == 8 + 4 * 3 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert len(sources) == 8 + 4 * 3 and all(source.startswith("data:image/") for source in sources)
     assert "<script" not in html and "url(" not in html and "@import" not in html
     assert html.count('class="panel"') == 2 * 4 and html.count('class="chart"') == 2
 
@@ -97,8 +97,8 @@ def test_text_of_the_model_is_escaped(make_job, tmp_path):
 
 def test_what_differs_comes_first(make_job, tmp_path):
     _, html, md = written(make_job(), tmp_path / "out")
-    names = re.findall(r"^\| (x2t_\d\d) ", md, flags=re.M)
-    assert names == [f"x2t_{i:02d}" for i in (1, 5, 0, 2, 3, 4, 6, 7)]
+    names = re.findall(r"^\| (x2t_image_\d\d) ", md, flags=re.M)
+    assert names == [f"x2t_image_{i:02d}" for i in (1, 5, 0, 2, 3, 4, 6, 7)]
     assert html.index("<mark>two</mark> blue circles") < html.index('badge same">same')
 
 
@@ -106,12 +106,12 @@ def test_pictures_of_the_markdown_exist(make_job, tmp_path):
     _, _, md = written(make_job(), tmp_path / "out")
     linked = re.findall(r"\]\((pictures/[^)]*)\)", md)
     assert len(linked) == 8 and all((tmp_path / "out" / path).is_file() for path in linked)
-    assert (tmp_path / "out" / "pictures" / "x2t_00.input.png").is_file()
+    assert (tmp_path / "out" / "pictures" / "x2t_image_00.input.png").is_file()
 
 
 @pytest.mark.parametrize(("x2t", "t2i"), [(3, 0), (0, 2), (1, 1)])
 def test_absent_tasks_leave_their_sections_out(make_job, tmp_path, x2t, t2i):
-    summary, html, md = written(make_job(x2t=x2t, t2i=t2i), tmp_path / "out")
+    summary, html, md = written(make_job(x2t_image=x2t, t2i=t2i), tmp_path / "out")
     for text in (html, md):
         assert ("Answers side by side" in text) == ("Identical answers" in text) == bool(x2t)
         assert ("Pictures side by side" in text) == ("Velocity direction" in text) == bool(t2i)
@@ -126,9 +126,46 @@ def test_a_recipe_without_search_or_capture(make_job, tmp_path):
 
 
 def test_many_samples_fold_away(make_job, tmp_path):
-    _, html, md = written(make_job(x2t=40, t2i=30, layers=1), tmp_path / "out")
-    assert html.count("<article") == 24 and "16 more" in html and md.count("\n| x2t_") == 40
-    assert html.count("<figure") == 24 and "24 furthest apart of 30" in html and md.count("\n| three") == 30
+    _, html, md = written(make_job(x2t_image=20, t2i=18, layers=1), tmp_path / "out")
+    assert html.count("<article") == 12 and "8 more" in html and md.count("\n| x2t_") == 20
+    assert html.count("<figure") == 8 and "8 furthest apart of 18" in html and md.count("\n| three") == 18
+
+
+ALL_TASKS = {"x2t_image": 2, "x2t_video": 3, "t2i": 2, "t2v": 2, "i2v": 2, "image_edit": 2, "video_edit": 2}
+
+
+def test_all_seven_tasks_have_their_rows_and_pictures(make_job, tmp_path):
+    summary, html, md = written(make_job(**ALL_TASKS, layers=1), tmp_path / "out")
+    assert "pictures and clips 31.7 dB from bf16" in summary.headline
+    assert (summary.answers, summary.pictures) == (5, 10)
+    for text in (html, md):
+        for wanted in ("3 questions about clips", "2 clips from pictures", "Edited clips", "As asked, int4", "All"):
+            assert wanted in text, wanted
+    for task in ALL_TASKS:
+        assert f"<code>{task}</code>" in html and f"\n| `{task}` |" in md
+    # given, bf16, int4 and difference; strips where clips are
+    assert html.count('class="shots of4 strips"') == 2 + 2 and html.count('class="shots of4"') == 2
+    assert html.count('class="shots of3 strips"') == html.count('class="shots of3"') == 2
+    assert html.count('class="card answer strip"') == 3
+    assert html.count('class="line task ') == 2 * 5
+    assert (tmp_path / "out" / "pictures" / "video_edit_00.input.png").is_file()
+    check_nesting(html)
+
+
+def test_no_task_at_all(make_job, tmp_path):
+    summary, html, md = written(make_job(x2t_image=0), tmp_path / "out")
+    assert summary.headline == "4 bits at group size 64: 5.25 times smaller."
+    for text in (html, md):
+        assert "no task was run" in text and "Task by task" not in text
+    check_nesting(html)
+
+
+def test_the_samples_are_called_by_their_source(make_job, tmp_path):
+    job = make_job(layers=1)
+    assert "drawn scenes" in written(job, tmp_path / "scenes")[1]
+    _, html, md = written(replace(job, evaluated_on="bundled"), tmp_path / "bundled")
+    for text in (html, md):
+        assert "charts, texts, photographs and clips" in text and "drawn scenes" not in text
 
 
 def test_uncovered_sites_are_named(make_job, tmp_path):
