@@ -4,8 +4,8 @@ Each key of the source comes over as bf16, save that a quantized weight becomes 
 what a fold changed (norms, biases) is taken from the layer's search artifact.
 """
 
+import contextlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from lance_quant.awq.limits import check_packable
 from lance_quant.awq.search import LAYER_FILE, LINEARS_FILE
 from lance_quant.checkpoint.layout import Checkpoint, targets
 from lance_quant.checkpoint.native import FOLDED, META_FILE, PARTS, STATE_FILE, packed_specs
-from lance_quant.checkpoint.reader import PIECE_BYTES, TensorReader
+from lance_quant.checkpoint.reader import TensorReader
 from lance_quant.checkpoint.writer import TensorWriter
 from lance_quant.errors import LanceQuantError
 from lance_quant.progress import Progress
@@ -96,13 +96,6 @@ def places(job: PackJob, linears: dict[str, dict]) -> dict[str, Path]:
     return found
 
 
-def pieces(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Rows of a (mapped) tensor in blocks small enough to convert: the 1.2 GB embedding comes in twenty."""
-    if tensor.nbytes <= PIECE_BYTES:
-        return [tensor]
-    return tensor.split(max(1, PIECE_BYTES // tensor[0].nbytes))
-
-
 def pack(job: PackJob, out: Path, progress: Progress | None = None) -> PackSummary:
     """Write the packed tensors and the meta file into the empty folder `out`. Holds a piece of a tensor.
 
@@ -115,18 +108,14 @@ def pack(job: PackJob, out: Path, progress: Progress | None = None) -> PackSumma
     with TensorReader(source) as reader:
         shapes = [(key, reader.shape(key)) for key in reader.names()]
     specs = packed_specs(shapes, {name: row["group_size"] for name, row in linears.items()})
-    with TensorWriter(out / STATE_FILE, specs) as writer:
+    with contextlib.ExitStack() as opened:
+        writer = opened.enter_context(TensorWriter(out / STATE_FILE, specs))
+        readers = {path: opened.enter_context(TensorReader(path)) for path in (source, *set(searched.values()))}
         for done, spec in enumerate(writer.specs):
             if progress:
                 progress(done, len(specs), spec.name)
-            if spec.name in searched:
-                with TensorReader(searched[spec.name]) as reader:
-                    writer.write(spec.name, reader.read(spec.name))
-                continue
-            # opened anew for each tensor: what a mapped file has shown stays in memory until it is closed
-            with TensorReader(source) as reader:
-                for piece in pieces(reader.read(spec.name)):
-                    writer.write(spec.name, piece.to(torch.bfloat16))
+            for piece in readers[searched.get(spec.name, source)].pieces(spec.name):
+                writer.write(spec.name, piece if spec.name in searched else piece.to(torch.bfloat16))
     meta = packed_meta(job, linears)
     (out / META_FILE).write_text(json.dumps(meta, indent=2) + "\n")
     return PackSummary(

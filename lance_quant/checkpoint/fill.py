@@ -1,4 +1,4 @@
-"""Fill a module built on the meta device from a safetensors file: strict, one tensor at a time."""
+"""Fill a module built on the meta device from a safetensors file: strict, a few tensors at a time."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +24,9 @@ def fill(module: nn.Module, path: Path, device, dtype: torch.dtype, elsewhere: S
     }
     with TensorReader(path) as reader:
         check_keys(path, wanted, reader.names())
-        for name, shape in wanted.items():
-            value = reader.read_into(name, torch.empty(shape, device=device, dtype=dtype))
+        values = {name: torch.empty(shape, device=device, dtype=dtype) for name, shape in wanted.items()}
+        reader.read_all(values)
+        for name, value in values.items():
             set_parameter(module, name, value)
 
 
