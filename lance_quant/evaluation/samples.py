@@ -16,6 +16,7 @@ from lance_quant.model.vae import WanVAE, load_vae
 
 ANSWERS = "answers.parquet"
 STRIP_FRAMES, STRIP_EDGE, STRIP_GAP = 5, 256, 4  # of a clip as one picture: frames, their longest side, pixels between
+GAP_COLOUR = (168, 168, 168)  # stands out on white and on black
 
 
 def evaluation_requests(checkpoint: Checkpoint, cfg: EvaluationConfig) -> list[Request]:
@@ -83,7 +84,7 @@ def strip(frames) -> Image.Image:
     for picture in shown:
         picture.thumbnail((STRIP_EDGE, STRIP_EDGE), Image.Resampling.LANCZOS)
     width, height = shown[0].size
-    out = Image.new("RGB", (len(shown) * (width + STRIP_GAP) - STRIP_GAP, height), "white")
+    out = Image.new("RGB", (len(shown) * (width + STRIP_GAP) - STRIP_GAP, height), GAP_COLOUR)
     for place, picture in enumerate(shown):
         out.paste(picture, (place * (width + STRIP_GAP), 0))
     return out
