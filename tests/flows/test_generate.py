@@ -1,0 +1,207 @@
+"""`python -m flows.generate`: what it writes, what it refuses, and that a text reaches the model to the letter."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from PIL import Image
+
+from flows.command import run_command
+from flows.generate import GenerateConfig, Lines, generate, literal, main, register_settings
+from lance_quant.awq.config import RecipeConfig
+from lance_quant.awq.pack import PackJob, pack
+from lance_quant.awq.search import LayerJob, search_layer
+from lance_quant.checkpoint.layout import open_checkpoint
+from lance_quant.media import read_clip, read_image
+from tasks.config import CONF, strict
+from tests.flows.conftest import ROOT
+from tests.random_checkpoint import write_random_checkpoint
+
+
+def command(*words: str, **more) -> subprocess.CompletedProcess:
+    call = [sys.executable, "-m", "flows.generate", *words]
+    return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=300, **more)
+
+
+def read_json(path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_a_picture_of_the_checkpoint_that_ships(tmp_path):
+    done = command("task=t2i", "prompt=a red circle, please", "steps=12", f"artifacts={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    file = tmp_path / "generate" / "t2i-42.png"
+    assert done.stdout == f"{file}\n"
+    assert read_image(file).size == (128, 128)
+    lines = done.stderr.splitlines()
+    assert lines[0] == "tiny, weights bf16, on cpu" or "cuda" in lines[0]
+    assert 2 < len(lines) <= 10 and lines[-1] == "100%  t2i-42: 12 of 12"
+    record = read_json(file.with_suffix(".json"))
+    keys = "file frames height width request settings weights seconds seconds_per_step gpu_peak_bytes"
+    assert list(record) == keys.split()
+    assert record["request"] == {"task": "t2i", "prompt": "a red circle, please", "height": 128, "width": 128}
+    assert record["settings"]["flow"]["steps"] == 12 and record["settings"]["seed"] == 42
+    assert record["weights"]["checkpoint"] == "tiny" and len(record["weights"]["sha256"]) == 64
+    assert {file.name for file in tmp_path.iterdir()} == {"generate", "hashes.json"}
+
+
+def test_an_example_file_of_the_checkpoint_that_ships(tmp_path):
+    """Two questions about one picture, whose results upstream would write over each other."""
+    folder = tmp_path / "Lance" / "config" / "examples"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (128, 128), "white").save(tmp_path / "Lance" / "a.png")
+    questions = {
+        key: {
+            "interleave_array": ["a.png", ["Look at the image carefully and answer the question.", question, "none"]],
+            "element_dtype_array": ["image", "text"],
+            "istarget_in_interleave": [0, 1],
+        }
+        for key, question in {"0001": "how many circles?", "0002": "what color is the background?"}.items()
+    }
+    (folder / "x2t_image_example.json").write_text(json.dumps(questions))
+    out = tmp_path / "out"
+    done = command(f"examples={folder / 'x2t_image_example.json'}", f"out={out}", f"artifacts={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert sorted(file.name for file in out.iterdir()) == [
+        "000001.json",
+        "000001.txt",
+        "000002.json",
+        "000002.txt",
+    ]
+    record = read_json(out / "000002.json")
+    assert record["answer_with_stop_token"] == f"{record['answer']}<|im_end|>"
+    assert (out / "000002.txt").read_text() == f"{record['answer']}\n"
+    assert record["request"]["reference"] == "none" and record["request"]["image"].endswith("/Lance/a.png")
+    assert done.stdout.splitlines()[1] == f"{out / '000002.txt'}  {record['answer']}"
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    """A random checkpoint in the video layout."""
+    return write_random_checkpoint(tmp_path_factory.mktemp("video"), layout="video", layers=1)
+
+
+def run(tmp_path, checkpoint, **settings) -> dict:
+    """Run in this process; the only JSON that it writes."""
+    fields = {"steps": 2, "frames": 9, "device": "cpu", "out": str(tmp_path / "out"), "artifacts": str(tmp_path)}
+    generate(GenerateConfig(checkpoint=checkpoint, **fields | settings))
+    (file,) = (tmp_path / "out").glob("*.json")
+    return read_json(file)
+
+
+def test_a_clip(tmp_path, video):
+    record = run(tmp_path, video, task="t2v", prompt="a red circle", seed=7)
+    assert (record["file"], record["frames"], record["height"], record["width"]) == ("t2v-7.mp4", 9, 64, 64)
+    assert record["request"]["frames"] == 9
+    assert read_clip(tmp_path / "out" / "t2v-7.mp4")[0].size == (64, 64)
+
+
+def test_a_clip_of_one_frame_is_a_picture(tmp_path, video):
+    assert run(tmp_path, video, task="t2v", prompt="a red circle", frames=1)["file"] == "t2v-42.png"
+
+
+def test_a_clip_that_was_drawn_can_be_changed(tmp_path, video):
+    run(tmp_path / "a", video, task="t2v", prompt="a red circle")
+    clip = str(tmp_path / "a" / "out" / "t2v-42.mp4")
+    record = run(tmp_path, video, task="video_edit", prompt="make it blue", video=clip)
+    assert record["file"] == "video_edit-42.mp4" and record["frames"] == 9
+    assert record["request"] == {"task": "video_edit", "prompt": "make it blue", "video": clip}
+
+
+def test_a_resolution(tmp_path, video):
+    record = run(tmp_path, video, task="t2i", prompt="a red circle", resolution="image_256res")
+    assert (record["height"], record["width"]) == (256, 256)
+    assert record["settings"]["resolution"] == {"image_edge": 256, "vit_edge": 224}
+
+
+def test_packed_weights(tmp_path, video):
+    layer, packed = tmp_path / "layer", tmp_path / "packed"
+    layer.mkdir(), packed.mkdir()
+    shared = {"checkpoint": open_checkpoint(video), "recipe": RecipeConfig(name="minmax", scoring="none", folds=[])}
+    search_layer(LayerJob(layer=0, capture=None, group_size=32, bits=4, **shared), layer, "cpu")
+    pack(PackJob(layers=[layer], group_size=32, bits=4, tasks_calibrated=[], **shared), packed)
+    record = run(tmp_path, video, task="i2v", prompt="it moves", weights=str(packed), image=picture(tmp_path))
+    assert record["weights"]["file"] == str(packed / "awq_state_dict.safetensors")
+    assert (record["weights"]["bits"], record["weights"]["group_size"]) == (4, 32)
+
+
+def picture(folder) -> str:
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(folder / "a.png")
+    return str(folder / "a.png")
+
+
+MISTAKES = {
+    "": "nothing to do: give task=t2i prompt='a red circle', or examples=FILE",
+    "task=paint prompt=x": "task=paint is unknown: take one of x2t_image",
+    "task=t2i": "task t2i needs a text and got none: give prompt='...'",
+    "task=t2v prompt=x": "which serves x2t_image, t2i, image_edit: take checkpoint=tiny_video",
+    "task=x2t_image prompt=x": "task x2t_image needs a picture and got none: give image=FILE",
+    "task=x2t_image prompt=x image=/none.png": "the picture /none.png is missing",
+    "task=t2i prompt=x image=a.png": "task t2i looks at no image: leave image=... out",
+    "task=t2i prompt=x instruction=y": "task t2i takes no instruction",
+    "task=t2i prompt=x examples=a.json": "examples=a.json brings its own requests: leave prompt out",
+    "examples=/none/t2i.json": "the example file /none/t2i.json is missing",
+    "task=t2i prompt=x resolution=big": "resolution=big is unknown: take one of image_256res",
+    "task=t2i prompt=x height=-1": "height=-1 must be positive",
+    "task=t2i prompt=x steps=0": "steps=0 must be at least 1",
+    "task=t2i prompt=x seed=-1": "seed=-1 must lie between",
+    "task=t2i prompt=x max_new_tokens=0": "max_new_tokens=0 must be at least 1",
+    "task=t2i prompt=x device=gpu": "device=gpu is unknown",
+    "task=t2i prompt=x weights=''": "weights is empty: give weights=bf16",
+    "task=t2i prompt=x +y=1": "Key 'y' not in 'GenerateConfig'",
+    "task=t2i prompt=x checkpoint=imag": "Could not find 'checkpoint/imag'",
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_one_sentence(words, monkeypatch, capsys):
+    register_settings()
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setattr(sys, "argv", ["flows.generate", *words.split()])
+    with pytest.raises(SystemExit) as ended:
+        run_command(main)
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (2, "")
+    assert MISTAKES[words] in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+TEXTS = [
+    "a, b",
+    "it's",
+    "end\\",
+    r"a\'b",
+    "{x: 1}",
+    "[1,2]",
+    "${seed}",
+    "a=b",
+    "'q' and 'r'",
+    "",
+    "1",
+    "ünï\nline",
+    "#x",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_prompt_is_taken_to_the_letter(text):
+    register_settings()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose("generate", literal(["task=t2i", f"prompt={text}", "seed=3"]))
+    assert strict(GenerateConfig, composed).prompt == text
+
+
+def test_what_is_quoted_for_hydra_stays(monkeypatch):
+    assert literal(["prompt='a, b'", 'prompt="a"', "seed=1,2"]) == ["prompt='a, b'", 'prompt="a"', "seed=1,2"]
+
+
+def test_at_most_nine_lines_of_progress(capsys):
+    lines = Lines(7)
+    for index in range(7):
+        progress = lines.of(index)
+        for step in range(30):
+            progress(step + 1, 30, "it")
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 9 and err[-1] == "100%  it: 30 of 30"
