@@ -1,7 +1,8 @@
 """Recipes side by side on one checkpoint:  python benchmarks/recipes.py [recipe=minmax,published,awq] [bits=4,3]
 
-Runs the sweep through the pipeline (what is common is done once; what is there is reused) and prints a table, a row a
-combination. Any other setting is passed on: `checkpoint=tiny evaluation.samples=64 artifacts=...`.
+Runs the sweep through the pipeline (what is common is done once; what is there is reused) and prints two tables, a row a
+combination: scores of understanding (und) and generation (gen), then one score a task, KL for questions and guided
+velocity error for what is drawn. Any other setting is passed on: `checkpoint=tiny_video evaluation.samples=64`.
 """
 
 import json
@@ -12,17 +13,19 @@ from pathlib import Path
 
 SWEPT = {"recipe": "minmax,published,awq", "group_size": "64,128", "bits": "4,3", "evaluation.samples": "64"}
 SCORES = {
-    "x2t_exact": "same answers",
-    "x2t_reference_exact_int4": "right answers",
-    "kl": "KL",
-    "top1": "top-1",
-    "velocity_relative_l2": "velocity error",
-    "velocity_guided_relative_l2": "guided",
-    "latent_relative_l2": "latent error",
-    "psnr": "PSNR dB",
-    "ssim": "SSIM",
+    "x2t_exact": "und same answers",
+    "x2t_reference_exact_int4": "und right answers",
+    "kl": "und KL",
+    "top1": "und top-1",
+    "velocity_relative_l2": "gen velocity error",
+    "velocity_guided_relative_l2": "gen guided",
+    "latent_relative_l2": "gen latent error",
+    "psnr": "gen PSNR dB",
+    "ssim": "gen SSIM",
+    "drawn_correct_int4": "gen as asked",
     "bytes_packed": "bytes",
 }
+TASK_SCORES = ("kl", "velocity_guided_relative_l2")
 HEADLINE = re.compile(r"^\S+, recipe (?P<recipe>\S+), (?P<bits>\d) bits, group size (?P<group_size>\d+)$")
 REPORT = re.compile(r"^report\s+(?P<path>\S.*)$")
 
@@ -41,7 +44,15 @@ def main(arguments: list[str]) -> None:
             runs[-1]["metrics"] = metrics_of(Path(found["path"]).parent)
     if process.wait():
         sys.exit(process.returncode)
-    print(table(runs))
+    runs.sort(key=lambda run: (-int(run["bits"]), int(run["group_size"])))
+    print(table(runs, SCORES))
+    print(table(runs, task_columns(runs)))
+
+
+def task_columns(runs: list[dict]) -> dict[str, str]:
+    """Name of a task's score in metrics.json -> heading."""
+    parts = {name: name.partition("/") for name in runs[0]["metrics"]}
+    return {name: task for name, (task, _, score) in parts.items() if score in TASK_SCORES}
 
 
 def metrics_of(report: Path) -> dict[str, float]:
@@ -50,14 +61,18 @@ def metrics_of(report: Path) -> dict[str, float]:
     return json.loads((report.parents[1] / "evaluate" / upstream["evaluate"] / "metrics.json").read_text())
 
 
-def table(runs: list[dict]) -> str:
-    """Markdown, most bits and smallest groups first."""
-    lines = ["| bits | group | recipe | " + " | ".join(SCORES.values()) + " |", "|---" * (3 + len(SCORES)) + "|"]
-    for run in sorted(runs, key=lambda run: (-int(run["bits"]), int(run["group_size"]))):
-        values = " | ".join(f"{run['metrics'][name]:.4g}" if name != "bytes_packed" else str(run["metrics"][name])
-                            for name in SCORES)  # fmt: skip
+def table(runs: list[dict], columns: dict[str, str]) -> str:
+    """Markdown, a row a run; columns that a run lacks are left out."""
+    columns = {name: title for name, title in columns.items() if all(name in run["metrics"] for run in runs)}
+    lines = ["| bits | group | recipe | " + " | ".join(columns.values()) + " |", "|---" * (3 + len(columns)) + "|"]
+    for run in runs:
+        values = " | ".join(written(run["metrics"][name]) for name in columns)
         lines.append(f"| {run['bits']} | {run['group_size']} | {run['recipe']} | {values} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, ""])
+
+
+def written(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
 if __name__ == "__main__":
