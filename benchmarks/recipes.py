@@ -1,7 +1,7 @@
 """Recipes side by side on one checkpoint:  python benchmarks/recipes.py [recipe=minmax,published,awq] [bits=4,3]
 
-Runs the sweep through the pipeline (what is common is done once; what is there is reused) and prints two tables, a row a
-combination: scores of understanding (und) and generation (gen), then one score a task, KL for questions and guided
+Runs the sweep through the pipeline (what is common is done once; what is there is reused) and prints two tables, a row
+a combination: scores of understanding (und) and generation (gen), then one score a task, KL for questions and guided
 velocity error for what is drawn. Any other setting is passed on: `checkpoint=tiny_video evaluation.samples=64`.
 """
 
@@ -25,7 +25,7 @@ SCORES = {
     "drawn_correct_int4": "gen as asked",
     "bytes_packed": "bytes",
 }
-TASK_SCORES = ("kl", "velocity_guided_relative_l2")
+TASK_SCORES = {"kl": "KL", "velocity_guided_relative_l2": "guided"}
 HEADLINE = re.compile(r"^\S+, recipe (?P<recipe>\S+), (?P<bits>\d) bits, group size (?P<group_size>\d+)$")
 REPORT = re.compile(r"^report\s+(?P<path>\S.*)$")
 
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
 def task_columns(runs: list[dict]) -> dict[str, str]:
     """Name of a task's score in metrics.json -> heading."""
     parts = {name: name.partition("/") for name in runs[0]["metrics"]}
-    return {name: task for name, (task, _, score) in parts.items() if score in TASK_SCORES}
+    return {name: f"{task} {TASK_SCORES[score]}" for name, (task, _, score) in parts.items() if score in TASK_SCORES}
 
 
 def metrics_of(report: Path) -> dict[str, float]:
