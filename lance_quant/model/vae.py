@@ -1,7 +1,7 @@
 """The Wan 2.2 VAE: `diffusers`' AutoencoderKLWan under upstream's key names (Lance spec sec. 15 and 22)."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +22,10 @@ LATENT_STD = (
     0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
     0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.06, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
 )  # fmt: skip
+TABLES = (LATENT_MEAN, LATENT_STD)
+
+TILED_LATENTS = 2304  # a frame's: 768 x 768 pixels; four such frames decode in a few GB beside a 14 GB model
+TILE, TILE_STRIDE = 512, 384  # pixels
 
 # upstream -> diffusers, applied in order (Lance spec sec. 22). `{half}` is encoder or decoder.
 KEY_RULES = (
@@ -120,51 +124,102 @@ def build_vae(base: int, decoder_base: int, latent_channels: int = 48) -> nn.Mod
 
 
 class WanVAE(nn.Module):
-    """Pixels <-> normalised latents, channels last.
+    """Pixels <-> normalised latents, channels last, in the autoencoder's own dtype.
 
-    Encoding takes the posterior mean: upstream samples in a space that it does not rescale (quirk Q9).
+    Encoding takes the posterior mean: upstream samples in a space that it does not rescale (quirk Q9). faithful: a
+    bfloat16 autoencoder has upstream's rounded constants, which are off by up to 0.58 % (Lance spec sec. 15); off, and
+    in float32, the table as it is.
     """
 
-    def __init__(self, autoencoder: nn.Module):
+    def __init__(self, autoencoder: nn.Module, faithful: bool = True):
         super().__init__()
         self.autoencoder = autoencoder.eval().requires_grad_(False)
-        # constants, not state: a cast of the module must not round them
-        self._mean = torch.tensor(LATENT_MEAN).view(1, -1, 1, 1, 1)
-        self._std = torch.tensor(LATENT_STD).view(1, -1, 1, 1, 1)
+        self.faithful = faithful
 
     @property
     def _place(self) -> dict:
         weight = self.autoencoder.quant_conv.weight
         return {"device": weight.device, "dtype": weight.dtype}
 
+    def _constants(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation [1, 48, 1, 1, 1], float32; or mean and 1 / std as upstream holds them."""
+        place = self._place
+        mean, std = (torch.tensor(values, device=place["device"]).view(1, -1, 1, 1, 1) for values in TABLES)
+        if not self._rounds:
+            return mean, std
+        return mean.to(torch.bfloat16), (1 / std.to(torch.bfloat16)).to(torch.bfloat16)
+
+    @property
+    def _rounds(self) -> bool:
+        return self.faithful and self._place["dtype"] == torch.bfloat16
+
     @torch.inference_mode()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """pixels [3, T, H, W] in [-1, 1], H and W multiples of 16 -> float32 [t, h, w, 48], t = 1 + (T - 1) // 4."""
-        mean = self.autoencoder.encode(pixels[None].to(**self._place)).latent_dist.mean.float()
-        latents = (mean - self._mean.to(mean.device)) / self._std.to(mean.device)
+        raw = self.autoencoder.encode(pixels[None].to(**self._place)).latent_dist.mean
+        mean, scale = self._constants()
+        latents = ((raw - mean) * scale).float() if self._rounds else (raw.float() - mean) / scale
         return latents[0].permute(1, 2, 3, 0)
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """latents [t, h, w, 48] -> float32 pixels [3, 1 + 4 * (t - 1), 16 h, 16 w], clamped to [-1, 1]."""
-        z = latents.permute(3, 0, 1, 2)[None].float()
-        z = z * self._std.to(z.device) + self._mean.to(z.device)
-        return self.autoencoder.decode(z.to(**self._place)).sample[0].float().clamp(-1, 1)
+        t, h, w, _ = latents.shape
+        out = torch.empty(3, 1 + 4 * (t - 1), 16 * h, 16 * w, device=self._place["device"])
+        start = 0
+        for piece in self.pieces(latents):
+            out[:, start : start + piece.shape[1]] = piece
+            start += piece.shape[1]
+        return out
+
+    @torch.inference_mode()
+    def decode_frames(self, latents: torch.Tensor) -> torch.Tensor:
+        """latents [t, h, w, 48] -> uint8 frames [1 + 4 * (t - 1), 16 h, 16 w, 3] on the CPU, a few at a time."""
+        return torch.cat([to_uint8(piece).cpu() for piece in self.pieces(latents)])
+
+    @torch.inference_mode()
+    def pieces(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+        """What `decode` returns in pieces along time: one frame, then four a latent; all at once where it is tiled.
+
+        Tiles, whose seams are blended, are taken for clips of more than TILED_LATENTS latents a frame alone.
+        """
+        mean, scale = self._constants()
+        z = latents.to(mean).permute(3, 0, 1, 2)[None]
+        z = (z / scale + mean if self._rounds else z * scale + mean).to(**self._place)
+        t, h, w = z.shape[2:]
+        if t > 1 and h * w > TILED_LATENTS:
+            yield self._tiled(z)
+            return
+        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+        model = self.autoencoder
+        model.clear_cache()  # of what each causal convolution saw last
+        try:
+            x = model.post_quant_conv(z)
+            for index in range(t):
+                piece = model.decoder(
+                    x[:, :, index : index + 1], feat_cache=model._feat_map, feat_idx=[0], first_chunk=index == 0
+                )
+                yield unpatchify(piece, model.config.patch_size)[0].float().clamp(-1, 1)
+        finally:
+            model.clear_cache()
+
+    def _tiled(self, z: torch.Tensor) -> torch.Tensor:
+        self.autoencoder.enable_tiling(TILE, TILE, TILE_STRIDE, TILE_STRIDE)
+        try:
+            return self.autoencoder.decode(z).sample[0].float()
+        finally:
+            self.autoencoder.disable_tiling()
 
 
 def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
     """[3, T, H, W] in [-1, 1] -> uint8 [T, H, W, 3] (Lance spec sec. 15)."""
-    return ((pixels / 2 + 0.5) * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0)
+    frames = [((frame / 2 + 0.5) * 255).round().clamp(0, 255).to(torch.uint8) for frame in pixels.unbind(1)]
+    return torch.stack(frames).permute(0, 2, 3, 1)
 
 
-def read_vae_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of `Wan2.2_VAE.pth` (read with weights_only) or of a `.safetensors` file with the same key names."""
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        from lance_quant.checkpoint.reader import TensorReader
-
-        with TensorReader(path) as reader:
-            return {name: reader.read(name) for name in reader.names()}
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of `Wan2.2_VAE.pth`, a plain state dict: read with weights_only, mapped."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch names many: unpickling, zip, runtime
@@ -182,7 +237,7 @@ def check_vae(path: Path) -> None:
         with TensorReader(path) as reader:
             shapes = {name: reader.shape(name) for name in reader.names()}
     else:
-        shapes = {name: tuple(tensor.shape) for name, tensor in read_vae_tensors(path).items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in read_state_dict(path).items()}
     wanted = {name: tuple(value.shape) for name, value in _empty_vae(path, shapes).state_dict().items()}
     found = {diffusers_key(name): shape for name, shape in shapes.items()}
     check_keys(path, wanted, list(found))
@@ -203,13 +258,22 @@ def _empty_vae(path: Path, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
         return build_vae(base, decoder_base, latent_channels)
 
 
-def load_vae(path: Path, device="cpu", dtype: torch.dtype = torch.float32) -> WanVAE:
+def load_vae(path: Path, device="cpu", dtype: torch.dtype = torch.float32, faithful: bool = True) -> WanVAE:
     """Read a VAE file strictly, its widths from its tensors. LanceQuantError where keys or shapes differ."""
-    tensors = read_vae_tensors(path)
+    from lance_quant.checkpoint.reader import TensorReader
+
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        with TensorReader(path) as reader:
+            tensors = {name: torch.empty(reader.shape(name), device=device, dtype=dtype) for name in reader.names()}
+            reader.read_all(tensors)
+    else:
+        tensors = read_state_dict(path)
     autoencoder = _empty_vae(path, {name: tensor.shape for name, tensor in tensors.items()})
-    state = {diffusers_key(name): tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
+    # first over, then cast: a mapped file's tensors are slow to cast on the CPU
+    state = {diffusers_key(name): tensor.to(device).to(dtype) for name, tensor in tensors.items()}
     try:
         autoencoder.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         raise LanceQuantError(f"{path} does not fit the Wan 2.2 VAE: {str(error).splitlines()[1].strip()}") from None
-    return WanVAE(autoencoder)
+    return WanVAE(autoencoder, faithful)
