@@ -6,32 +6,45 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from lance_quant.calibration import BUNDLED_REVISION
+from lance_quant.calibration.config import calibrated_tasks, weights_of
 from lance_quant.checkpoint.layout import PATHS, open_checkpoint, targets
 from lance_quant.errors import LanceQuantError
 from tasks.config import RunConfig, read_fields, sample_fields
 from tasks.stage import Devices, Progress, as_state, log
 from tasks.store import Artifact, Identity, Store
 
-REVISION = 1
+REVISION = 2
 NAMED = 3
 
 
 @task(cache_policy=NO_CACHE)
 def capture(cfg: RunConfig, loaded: Artifact, devices: Devices) -> Artifact:
-    """One pass for every group size, bit width and recipe: none of them is in the key, nor what counts as covered."""
+    """One capture for every group size, bit width and recipe: none of them is in the key.
+
+    Nor is what counts as covered, how much memory was used, and where the user's own samples lie: their content is.
+    """
+    from lance_quant.calibration.samples import fingerprint
+
+    opened = open_checkpoint(cfg.checkpoint)
+    tasks = calibrated_tasks(cfg.calibration, opened.layout)
+    settings = read_fields(cfg.calibration, "min_tokens", "memory_gb", "path", "examples", "weights")
     identity = Identity(
         stage="capture",
         revision=REVISION,
         upstream={"load": loaded.key},
-        config=read_fields(cfg.calibration, "min_tokens") | sample_fields(cfg.checkpoint),
+        config=settings
+        | {"tasks": tasks, "weights": weights_of(cfg.calibration, tasks)}
+        | sample_fields(cfg.checkpoint)
+        | ({"bundled": BUNDLED_REVISION} if cfg.calibration.source == "bundled" else {}),
+        files=fingerprint(opened, cfg.calibration),
     )
 
     def build(out: Path) -> dict:
         from lance_quant.calibration import capture as library
 
-        checkpoint = open_checkpoint(cfg.checkpoint)
-        with devices.lease(checkpoint.config.hidden_size) as device:
-            return asdict(library.capture(checkpoint, cfg.calibration, out, device, Progress("capture")))
+        with devices.lease(opened.config.hidden_size) as device:
+            return asdict(library.capture(opened, cfg.calibration, out, device, Progress("capture")))
 
     return as_state(Store(cfg.artifacts).keep(identity, build))
 
@@ -40,8 +53,13 @@ def uncovered(cfg: RunConfig, captured: Artifact) -> list[str]:
     """Linears that saw fewer than `min_tokens` tokens, over all tasks: every linear of a path sees the same ones."""
     tokens = captured.summary["tokens"].values()
     seen = {path: sum(of_task[path] for of_task in tokens) for path in PATHS}
-    config = open_checkpoint(cfg.checkpoint).config
-    return [target.name for target in targets(config) if seen[target.path] < cfg.calibration.min_tokens]
+    opened = open_checkpoint(cfg.checkpoint)
+    paths = ("und",) if opened.layout == "text" else PATHS  # a text model's generation twins receive no token
+    return [
+        target.name
+        for target in targets(opened.config)
+        if target.path in paths and seen[target.path] < cfg.calibration.min_tokens
+    ]
 
 
 def require_coverage(cfg: RunConfig, captured: Artifact) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from lance_quant.calibration.config import calibrated_tasks
 from lance_quant.checkpoint.layout import open_checkpoint
 from tasks.config import RunConfig
 from tasks.stage import Progress, as_state
@@ -17,7 +18,7 @@ REVISION = 1
 @task(cache_policy=NO_CACHE)
 def pack(cfg: RunConfig, loaded: Artifact, searched: list[Artifact]) -> Artifact:
     """The recipe goes into the key by name too: the packed metadata says it."""
-    calibrated = list(cfg.calibration.tasks) if cfg.recipe.needs_capture else []
+    calibrated = calibrated_tasks(cfg.calibration, loaded.summary["layout"]) if cfg.recipe.needs_capture else []
     identity = Identity(
         stage="pack",
         revision=REVISION,

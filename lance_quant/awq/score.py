@@ -21,11 +21,15 @@ TINY = 1e-30  # in place of an output energy of zero
 
 @dataclass(frozen=True)
 class SiteRows:
-    """Captured inputs of one site: rows float32 [n, I] on the device; task int64 [n], each row's, 0..tasks-1."""
+    """Captured inputs of one site: rows float32 [n, I] on the device; task int64 [n], each row's, 0..tasks-1.
+
+    weights: what each task counts; empty: all alike.
+    """
 
     rows: Tensor
     task: Tensor
     tasks: int
+    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,35 +46,37 @@ class Evidence:
 def evidence(
     sites: dict[tuple[str, str], SiteActivations], targets: list[Target], by_token: bool, device: str
 ) -> Evidence:
-    """From a layer's capture. Mean |x| over the tasks counts each token alike (`by_token`) or each task alike."""
+    """From a layer's capture. Mean |x| over the tasks counts tokens alike (`by_token`) or tasks as they weigh in."""
     mean_abs, rows = {}, {}
     for key, site in sites.items():
         seen = [task for task in site.tasks if site.tokens[task] > 0]
         if not seen:
             continue
-        weights = [site.tokens[task] if by_token else 1 for task in seen]
+        weights = [site.tokens[task] if by_token else site.weights.get(task, 1) for task in seen]
         total = sum(site.mean_abs[task].double() * weight for task, weight in zip(seen, weights, strict=True))
         mean = (total / sum(weights)).float().to(device)
         mean_abs |= {target.name: mean for target in targets if (target.path, target.site) == key}
         if len(site.rows):
             index = {task: i for i, task in enumerate(dict.fromkeys(site.row_tasks))}
             task = torch.tensor([index[name] for name in site.row_tasks], device=device)
-            rows[key] = SiteRows(site.rows.to(device).float(), task, len(index))
+            weighed = tuple(site.weights.get(name, 1.0) for name in index)
+            rows[key] = SiteRows(site.rows.to(device).float(), task, len(index), weighed)
     return Evidence(mean_abs, rows)
 
 
 class OutputError:
-    """Relative squared error in one linear's outputs under a change of its weight, the mean over tasks.
+    """Relative squared error in one linear's outputs under a change of its weight, the weighted mean over tasks.
 
     Each task's error is taken relative to the energy of the task's own outputs, so that a task with more rows or larger
-    activations counts no more than another.
+    activations counts no more than its weight.
     """
 
     def __init__(self, weight: Tensor, site: SiteRows):
         per_row = torch.cat([(block @ weight.T).square().sum(-1) for block in site.rows.split(ROW_BLOCK)]).double()
         # one sum a task: index_add_ adds in no fixed order on a GPU
         energy = torch.stack([per_row[site.task == task].sum() for task in range(site.tasks)])
-        share = 1 / (site.tasks * energy.clamp(min=TINY))
+        counts = torch.tensor(site.weights or (1.0,) * site.tasks, dtype=torch.float64, device=energy.device)
+        share = counts / (counts.sum() * energy.clamp(min=TINY))
         self._rows = site.rows * share[site.task].sqrt().float()[:, None]
         # more rows than channels: their second moments say the same in fewer products
         self._moments = self._rows.T @ self._rows if len(self._rows) > weight.shape[1] else None

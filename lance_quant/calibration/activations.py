@@ -1,7 +1,7 @@
 """The capture artifact, read back with pandas or `read_layer`; its Parquet schema is written down here.
 
     statistics/path=und/layer=3/part.parquet   task, site, channel, mean_abs, mean_sq, max_abs (float32)
-    coverage.parquet                           task, path, layer, site, tokens
+    coverage.parquet                           task, path, layer, site, tokens, weight (what the task counts)
     rows/path=und/layer=3/part.parquet         task, site, sample, timestep (NaN: none), row (list of uint16)
     sequences.parquet                          sequence, task, timestep, token, t, h, w, split, mode, expert
     hidden/layer=3/part.parquet                sequence, token, state (list of uint16)
@@ -10,8 +10,7 @@ A row or state is bfloat16 bit patterns: `numpy.uint32(row) << 16` viewed as flo
 would overflow). Sites are the inputs that linears share: qkv, o, gate_up, down.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from lance_quant.checkpoint.layout import PATHS, SITES
 from lance_quant.errors import LanceQuantError
 
 STATISTICS = ("mean_abs", "mean_sq", "max_abs")
+BITS = ("row", "state")  # columns of bfloat16 bit patterns
 
 STATISTICS_SCHEMA = pa.schema(
     [("task", pa.string()), ("site", pa.string()), ("channel", pa.int32())]
@@ -45,7 +45,8 @@ class SiteActivations:
     """What one input site of one layer and path saw, apart by task.
 
     tokens: task -> count; mean_abs, mean_sq, max_abs: task -> float32 [I]; rows: bfloat16 [n, I] with row_tasks [n] and
-    row_timesteps float32 [n] (NaN where the task has none).
+    row_timesteps float32 [n] (NaN where the task has none). weights: task -> what it counts beside others, 1 where
+    unnamed.
     """
 
     tasks: list[str]
@@ -56,17 +57,18 @@ class SiteActivations:
     rows: torch.Tensor
     row_tasks: list[str]
     row_timesteps: torch.Tensor
+    weights: dict[str, float] = field(default_factory=dict)
 
 
 def layer_file(folder: Path, kind: str, path: str, layer: int) -> Path:
     return Path(folder) / kind / f"path={path}" / f"layer={layer}" / "part.parquet"
 
 
-def bit_patterns(rows: Sequence[torch.Tensor]) -> pa.Array:
-    """Equally long or different bfloat16 vectors -> list<uint16> array."""
-    offsets = np.concatenate(([0], np.cumsum([row.numel() for row in rows]))).astype(np.int32)
-    flat = torch.cat([row.flatten() for row in rows]).view(torch.int16).numpy().view(np.uint16) if rows else []
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, type=pa.uint16()))
+def bit_patterns(rows: torch.Tensor) -> pa.Array:
+    """bfloat16 [n, I] -> list<uint16> array."""
+    flat = rows.contiguous().view(torch.int16).numpy().view(np.uint16).reshape(-1)
+    offsets = np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1]
+    return pa.ListArray.from_arrays(pa.array(offsets, type=pa.int32()), pa.array(flat))
 
 
 def from_bit_patterns(column: pa.ChunkedArray) -> torch.Tensor:
@@ -103,4 +105,5 @@ def _site(folder: Path, coverage, path: str, layer: int, site: str) -> SiteActiv
         rows=from_bit_patterns(rows["row"]) if len(rows) else torch.empty(0, 0, dtype=torch.bfloat16),
         row_tasks=rows["task"].to_pylist(),
         row_timesteps=torch.tensor(rows["timestep"].to_pylist(), dtype=torch.float32),
+        weights={row.task: float(row.weight) for row in seen.itertuples() if row.task in tasks},
     )

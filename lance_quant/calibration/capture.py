@@ -1,39 +1,63 @@
 """`capture`: run the calibration samples through the bf16 model and write what every linear saw, as Parquet.
 
-Questions are one teacher-forced forward. Pictures are noised straight to a few of the sampler's timesteps, one guided
-forward each, over the same cached context that generation uses.
+1. prepare  every sample becomes a job: the VAE encodes, then the vision tower looks, each loaded for that alone
+2. plan     from token counts: what each forward weighs, which rows are kept, which jobs go together
+3. pass     embed the jobs of a pass, stream the layers over them, write each layer at once
+
+The whole model is never there. Device memory holds two layers, the hidden states of a pass and the working memory of
+its largest forward; `calibration.memory_gb` bounds it (an 8 GB card: 7.5), and the bytes written do not depend on it.
 """
 
-import random
+import os
 import time
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
-from lance_quant.calibration.config import CalibrationConfig
+from lance_quant.calibration.config import TEXT, CalibrationConfig, calibrated_tasks
+from lance_quant.calibration.forwards import Embedding, Piece, cache_for, move_on, positions_of, run_layer
+from lance_quant.calibration.jobs import Job, Preparation, text_job
+from lance_quant.calibration.plan import KeptSequence, Pass, Plan, kept_sequences, make_passes, make_plan
 from lance_quant.calibration.recorder import Recorder
-from lance_quant.checkpoint.layout import PATHS, Checkpoint
-from lance_quant.model.inputs import prepare
-from lance_quant.model.lance import Lance, load_lance
-from lance_quant.model.pixels import vae_pixels
-from lance_quant.model.prompts import IM_END, encode, load_tokenizer
-from lance_quant.model.request import Request
-from lance_quant.model.sampler import CachedFlow, FlowConfig, UncachedFlow, initial_state, is_guided, timesteps
-from lance_quant.model.sequence import Sample
-from lance_quant.model.understanding import context_spans, forced_logits
+from lance_quant.calibration.samples import calibration_requests, text_pieces
+from lance_quant.calibration.streaming import (
+    DTYPE,
+    bare_decoder,
+    load_adapters,
+    load_eyes,
+    one_layer,
+    stream_layers,
+)
+from lance_quant.checkpoint.layout import PATHS, SITES, Checkpoint, layer_targets
+from lance_quant.model.config import LanceConfig
+from lance_quant.model.lance import Lance
+from lance_quant.model.prompts import load_tokenizer
+from lance_quant.model.request import GENERATION
 from lance_quant.model.vae import load_vae
 from lance_quant.progress import Progress
-from lance_quant.tiny.requests import scene_requests
+
+BYTES = DTYPE.itemsize
+FREE_SHARE = 0.8  # of the memory that is free, what a pass may plan with
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureSummary:
-    """tokens: task -> path -> tokens that each linear of the path saw; rows: kept per site."""
+    """tokens: task -> path -> tokens that each linear of the path saw; rows: path -> kept per site.
+
+    forwards: decoder calls that were recorded; passes: times that the weights were read.
+    """
 
     samples: int
     tokens: dict[str, dict[str, int]]
-    rows: int
+    rows: dict[str, int]
+    forwards: int
+    passes: int
     bytes: int
     seconds: float
 
@@ -44,82 +68,157 @@ def capture(
 ) -> CaptureSummary:
     """Write the capture artifact (schema: `activations.py`) into `out`."""
     started = time.monotonic()
-    lance = load_lance(checkpoint, device)
-    requests = scene_requests(cfg.tasks, cfg.samples, checkpoint.image_edge, seed=cfg.seed, unseen=False)
-    with Recorder(lance, list(cfg.tasks), cfg.rows_per_site, cfg.seed) as recorder:
-        run = _Run(checkpoint, cfg, lance, recorder, device)
-        for index, request in enumerate(requests):
-            run.sample(index, request)
-            if progress is not None:
-                progress(index + 1, len(requests), request.name)
-        recorder.write(out)
+    out, config = Path(out), checkpoint.config
+    tell = progress or (lambda done, total, what: None)
+    tasks = calibrated_tasks(cfg, checkpoint.layout)
+    jobs = prepare_jobs(checkpoint, cfg, device, tell)
+    look(jobs, checkpoint, device, tell)
+    plan = make_plan(jobs, tasks, cfg)
+    kept = kept_sequences(plan, tasks, cfg.sequences, cfg.sequence_tokens)
+    sizes = [job_bytes(job, config) for job in jobs]
+    passes = make_passes(jobs, sizes, room(plan, cfg, config, device))
+    with Recorder(plan, config, kept, len(passes), out, device) as recorder:
+        for number, one in enumerate(passes):
+            run_pass(_Run(checkpoint, jobs, plan, recorder, device), one, number, len(passes), tell)
+        recorder.close()
+    if kept:
+        write_sequences(kept, jobs, plan, config, out)
     return CaptureSummary(
-        samples=len(requests),
-        tokens={task: {path: recorder.tokens(task, path) for path in PATHS} for task in cfg.tasks},
-        rows=cfg.rows_per_site,
+        samples=len(jobs),
+        tokens=plan.tokens,
+        rows={path: plan.rows(path) for path in PATHS},
+        forwards=len(plan.forwards),
+        passes=len(passes),
         bytes=sum(file.stat().st_size for file in out.rglob("*.parquet")),
         seconds=round(time.monotonic() - started, 2),
     )
 
 
+def prepare_jobs(checkpoint: Checkpoint, cfg: CalibrationConfig, device: str, tell: Progress) -> list[Job]:
+    """Every sample with its latents encoded, on the CPU. The VAE is loaded where a task draws, and gone afterwards."""
+    tokenizer = load_tokenizer(checkpoint.folder)
+    if cfg.source == TEXT:
+        return [text_job(index, ids) for index, ids in enumerate(text_pieces(tokenizer, cfg))]
+    vae, tasks = None, calibrated_tasks(cfg, checkpoint.layout)
+    if set(tasks) & set(GENERATION):
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32  # on a GPU as upstream
+        vae = load_vae(checkpoint.vae_file, device, dtype)
+    preparation = Preparation(checkpoint=checkpoint, cfg=cfg, tokenizer=tokenizer, vae=vae)
+    jobs, expected = [], len(tasks) * cfg.samples
+    for index, request in enumerate(calibration_requests(checkpoint, cfg)):
+        jobs.append(preparation.job(index, request))
+        tell(index + 1, max(expected, index + 1), f"samples prepared, {request.name}")
+    return jobs
+
+
+def look(jobs: Sequence[Job], checkpoint: Checkpoint, device: str, tell: Progress) -> None:
+    """The vision tower's tokens of every job that has patches, which are dropped."""
+    curious = [job for job in jobs if job.sample.vit_patches is not None]
+    if not curious:
+        return
+    eyes = load_eyes(checkpoint, device)
+    for done, job in enumerate(curious):
+        job.seen = eyes.look(job.sample.vit_patches, job.sample.vit_grids).cpu()
+        job.sample = replace(job.sample, vit_patches=None)
+        tell(done + 1, len(curious), "pictures and clips looked at")
+
+
+def job_bytes(job: Job, config: LanceConfig) -> int:
+    """Hidden states and rotary tables of the wave that has the most of them."""
+    tokens = defaultdict(int)
+    for forward in job.forwards():
+        waves = range(job.waves) if forward.step is None else [forward.wave]
+        for wave in waves:
+            tokens[wave] += forward.end - forward.start
+    return max(tokens.values()) * BYTES * (config.hidden_size + 2 * config.head_dim)
+
+
+def room(plan: Plan, cfg: CalibrationConfig, config: LanceConfig, device: str) -> int:
+    """Bytes for the hidden states of a pass: what may be used less layers, rows and the largest forward's own needs."""
+    width = {(target.path, target.site): target.in_features for target in layer_targets(config, 0)}
+    rows = sum(plan.rows(path) * width[path, site] * BYTES for path in PATHS for site in SITES)
+    layer = sum(target.out_features * target.in_features for target in layer_targets(config, 0)) * BYTES
+    longest = max(forward.end - forward.start for forward in plan.forwards)
+    working = longest * BYTES * (16 * config.hidden_size + 4 * config.intermediate_size)
+    usable = int(cfg.memory_gb * 1e9) if cfg.memory_gb else int(FREE_SHARE * free_bytes(device))
+    return usable - rows - 2 * layer - working
+
+
+def free_bytes(device: str) -> int:
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
 class _Run:
-    """What every sample of a capture shares."""
+    """What all passes share."""
 
-    def __init__(self, checkpoint: Checkpoint, cfg: CalibrationConfig, lance: Lance, recorder: Recorder, device: str):
-        self.checkpoint, self.cfg, self.lance, self.recorder = checkpoint, cfg, lance, recorder
-        self.tokenizer = load_tokenizer(checkpoint.folder)
-        self.vae = load_vae(checkpoint.vae_file, device, torch.float32) if "t2i" in cfg.tasks else None
-        self.flow = FlowConfig()
-        self.kept = dict.fromkeys(cfg.tasks, 0)
+    checkpoint: Checkpoint
+    jobs: Sequence[Job]
+    plan: Plan
+    recorder: Recorder
+    device: str
 
-    def sample(self, index: int, request: Request) -> None:
-        sample = prepare(request, self.tokenizer, self.checkpoint.vit_edge)
-        if request.task == "x2t_image":
-            self._question(index, request, sample)
-        else:
-            self._picture(index, request, sample)
-
-    def _keeps(self, task: str) -> bool:
-        """Whether this sample is one of the few whose hidden states are kept."""
-        self.kept[task] += 1
-        return self.kept[task] <= self.cfg.sequences
-
-    def _question(self, index: int, request: Request, sample: Sample) -> None:
-        tokens = encode(self.tokenizer, request.answer + IM_END)
-        self.recorder.begin(request.task, index)
-        if not self._keeps(request.task):
-            forced_logits(self.lance, sample, tokens)
-            return
-        spans = context_spans(sample, sample.context_length)
-        spans[-1] = (spans[-1][0], sample.context_length + len(tokens) - 1, spans[-1][2])
-        with self.recorder.keep_sequence(spans, request.task, float("nan")):
-            forced_logits(self.lance, sample, tokens)
-
-    def _picture(self, index: int, request: Request, sample: Sample) -> None:
-        clean = self.vae.encode(vae_pixels([request.image], self.checkpoint.image_edge)).flatten(0, 2)
-        noise = initial_state(sample, self.cfg.seed + index, clean.shape[1], torch.float32, clean.device)
-        grid = timesteps(self.flow)
-        noised = {}
-        for step in chosen_steps(self.flow.steps, self.cfg.timesteps, self.cfg.seed + index):
-            t = float(grid[step])
-            noised[step] = ((1 - t) * clean + t * noise).to(self.lance.dtype)
-        first = next(iter(noised))
-        self.recorder.begin(request.task, index, float(grid[first]))
-        flow = CachedFlow(self.lance, sample, noised[first], self.flow)
-        for step, state in noised.items():
-            self.recorder.begin(request.task, index, float(grid[step]))
-            flow.velocities(state, grid[step], is_guided(grid[step], self.flow))
-        self.recorder.pause()
-        if self._keeps(request.task):
-            whole = UncachedFlow(self.lance, sample, noised[first], replace(self.flow, cached=False))
-            with self.recorder.keep_sequence(sample.spans(), request.task, float(grid[first])):
-                whole.velocities(noised[first], grid[first], guided=False)
+    def places(self) -> dict[int, list]:
+        """Job -> its forwards with their places in the plan."""
+        out = defaultdict(list)
+        for place, forward in enumerate(self.plan.forwards):
+            out[forward.job].append((place, forward))
+        return out
 
 
-def chosen_steps(steps: int, count: int, seed: int) -> list[int]:
-    """`count` of the sampler's steps, one drawn from each of equally long stretches; all where count >= steps."""
-    if count >= steps:
-        return list(range(steps))
-    rng = random.Random(seed)
-    edges = [round(index * steps / count) for index in range(count + 1)]
-    return [rng.randrange(start, end) for start, end in zip(edges, edges[1:], strict=False)]
+def run_pass(run: _Run, one: Pass, number: int, of: int, tell: Progress) -> None:
+    """Embed, stream the layers, and let the samplers of unknown results take their step."""
+    config = run.checkpoint.config
+    jobs = [run.jobs[index] for index in one.jobs]
+    cache = cache_for(jobs, one_layer(config), run.device, DTYPE)
+    pieces = embed(run, jobs, one.wave, cache)
+    run.recorder.start([piece.place for piece in pieces if piece.recorded])
+    layers = config.num_hidden_layers
+    tokens = sum(piece.hidden.shape[1] for piece in pieces)
+    for index, layer in stream_layers(run.checkpoint, run.device):
+        run.recorder.listen(index, layer)
+        run_layer(layer, pieces, cache, run.recorder)
+        del layer
+        run.recorder.finish(index)
+        tell(number * layers + index + 1, of * layers, f"layers, {tokens} tokens in {len(pieces)} forwards")
+    unknown = [job for job in jobs if job.goal is None and job.waves > one.wave + 1]
+    if unknown:
+        move_on(load_adapters(run.checkpoint, run.device), unknown, pieces)
+
+
+def embed(run: _Run, jobs: Sequence[Job], wave: int, cache) -> list[Piece]:
+    lance: Lance = load_adapters(run.checkpoint, run.device)
+    embedding = Embedding(lance, bare_decoder(run.checkpoint.config), cache)
+    places = run.places()
+    return [piece for job in jobs for piece in embedding.job(job, places[job.index], wave)]
+
+
+def write_sequences(
+    kept: Sequence[KeptSequence], jobs: Sequence[Job], plan: Plan, config: LanceConfig, out: Path
+) -> None:
+    """`sequences.parquet`: what each token of the kept sequences is."""
+    tables = []
+    for number, sequence in enumerate(kept):
+        sample = jobs[sequence.job].sample
+        positions = positions_of(jobs[sequence.job], config.video_token_id)[0]
+        forwards = [plan.forwards[place] for place in sequence.places]
+        end = forwards[-1].end
+        split = np.repeat(np.arange(len(sample.split_lens)), sample.split_lens)[:end]
+        step = forwards[-1].step
+        tables.append(
+            {
+                "sequence": np.full(end, number, dtype=np.int32),
+                "task": np.full(end, sample.task, dtype=object),
+                "timestep": np.full(end, np.nan if step is None else step.t, dtype=np.float32),
+                "token": np.arange(end, dtype=np.int32),
+                **{axis: row[:end].numpy().astype(np.int32) for axis, row in zip("thw", positions, strict=True)},
+                "split": split.astype(np.int32),
+                "mode": np.array([sample.split_modes[index] for index in split], dtype=object),
+                "expert": np.where(sample.latent_mask()[:end].numpy(), "gen", "und").astype(object),
+            }
+        )
+    columns = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
+    pq.write_table(pa.table(columns), out / "sequences.parquet")

@@ -1,18 +1,19 @@
-"""`Recorder`: hooks at the four input sites of every layer and path; statistics stay on the device.
+"""`Recorder`: hooks at the four input sites of both paths of the layer at hand; a layer's Parquet is written at once.
 
-Lifecycle:
-1. `with Recorder(lance, tasks, rows_per_site, seed) as recorder:` puts the hooks in place;
-2. `recorder.begin(task, sample, timestep)` says what the next forward calls are; forwards run as always;
-3. `recorder.keep_sequence(...)` around one whole-sequence forward also keeps the states entering each layer;
-4. `recorder.write(folder)` writes Parquet (schema: `activations.py`).
+Lifecycle of a pass:
+1. `recorder.start(pass)` makes room for the rows of its forwards;
+2. for each layer `recorder.listen(layer)`, then `recorder.begin(place, hidden)` before each forward (`quiet()` before
+   one that is not recorded), then `recorder.finish(index)`;
+3. after the last pass, `recorder.close()`.
 
-Nothing waits for the device during a forward: counts are known from shapes, and which rows a reservoir keeps is drawn
-on the host, once a call for all sites of a path, so that the rows of a layer's sites belong to the same tokens.
+What a layer has seen so far waits on disk between passes. Nothing waits for the device during a forward: counts are
+known from shapes, and rows were drawn on the host beforehand, so that a path's sites keep rows of the same tokens.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,263 +22,249 @@ import pyarrow.parquet as pq
 import torch
 
 from lance_quant.calibration.activations import (
+    BITS,
     HIDDEN_SCHEMA,
     ROWS_SCHEMA,
     STATISTICS_SCHEMA,
     bit_patterns,
     layer_file,
 )
-from lance_quant.checkpoint.layout import PATHS, SITES, layer_targets
-from lance_quant.model.lance import Lance
-from lance_quant.model.request import GENERATION
+from lance_quant.calibration.plan import KeptSequence, Plan
+from lance_quant.checkpoint.layout import PATHS, SITES, layer_prefix, layer_targets
+from lance_quant.model.config import LanceConfig
+from lance_quant.model.decoder import Layer
 
-Key = tuple[str, str, int, str]  # task, path, layer, site
-
-
-@dataclass
-class Reservoir:
-    """Which of the tokens seen so far are kept: uniform, without replacement (algorithm R), the same for every site."""
-
-    capacity: int
-    generator: np.random.Generator
-    seen: int = 0
-    samples: list[int] = field(default_factory=list)
-    timesteps: list[float] = field(default_factory=list)
-
-    def offer(self, count: int, sample: int, timestep: float) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens of this call to keep, slots they take); a slot taken twice goes to the later token."""
-        order = np.arange(self.seen, self.seen + count)
-        slots = np.where(order < self.capacity, order, self.generator.integers(0, np.maximum(order, 1) + 1))
-        self.seen += count
-        chosen = {}
-        for token in np.flatnonzero(slots < self.capacity):
-            chosen[int(slots[token])] = int(token)
-        for slot in sorted(chosen):
-            if slot == len(self.samples):
-                self.samples.append(sample)
-                self.timesteps.append(timestep)
-            else:
-                self.samples[slot], self.timesteps[slot] = sample, timestep
-        return np.array(list(chosen.values()), dtype=np.int64), np.array(list(chosen), dtype=np.int64)
+SCRATCH = "scratch"
 
 
 @dataclass
 class SiteSums:
-    """Running sums of one task, path, layer and site, on the device."""
+    """Weighted sums of one task, path and site: float64, the largest as it is."""
 
     absolute: torch.Tensor
     square: torch.Tensor
     largest: torch.Tensor
-    rows: torch.Tensor
 
     @classmethod
-    def zeros(cls, channels: int, capacity: int, device) -> "SiteSums":
-        wide = {"dtype": torch.float64, "device": device}
-        return cls(
-            torch.zeros(channels, **wide),
-            torch.zeros(channels, **wide),
-            torch.zeros(channels, dtype=torch.float32, device=device),
-            torch.zeros(capacity, channels, dtype=torch.bfloat16, device=device),
-        )
+    def zeros(cls, channels: int, device) -> "SiteSums":
+        return cls(*(torch.zeros(channels, dtype=torch.float64, device=device) for _ in range(3)))
 
-    def add(self, x: torch.Tensor, tokens: torch.Tensor, slots: torch.Tensor) -> None:
-        """x [n, I]; the chosen tokens go to their slots."""
-        wide = x.float()
-        self.absolute += wide.abs().sum(0)
-        self.square += wide.square().sum(0)
-        torch.maximum(self.largest, wide.abs().amax(0), out=self.largest)
-        self.rows.index_copy_(0, slots, x.index_select(0, tokens).to(torch.bfloat16))
+    def add(self, x: torch.Tensor, weight: float) -> None:
+        """x [n, I]: each reduction reads it once and copies nothing."""
+        norm = torch.linalg.vector_norm
+        self.absolute += norm(x, 1, dim=0, dtype=torch.float32).double() * weight
+        self.square += norm(x, 2, dim=0, dtype=torch.float32).double().square() * weight
+        torch.maximum(self.largest, norm(x, torch.inf, dim=0).double(), out=self.largest)
+
+    def to(self, device) -> "SiteSums":
+        return SiteSums(self.absolute.to(device), self.square.to(device), self.largest.to(device))
+
+
+Sums = dict[tuple[str, str, str], SiteSums]  # task, path, site
+Rows = dict[tuple[str, str], torch.Tensor]  # path, site -> bfloat16 [n, I]
 
 
 class Recorder:
-    """See the module's lifecycle. rows_per_site is the budget of a site, split over the tasks that reach its path."""
+    """See the module's lifecycle."""
 
-    def __init__(self, lance: Lance, tasks: list[str], rows_per_site: int, seed: int):
-        self.lance, self.tasks = lance, tasks
-        reached = {"und": tasks, "gen": [task for task in tasks if task in GENERATION]}
-        self.sums: dict[Key, SiteSums] = {}
-        self.reservoirs = {
-            (task, path): Reservoir(
-                max(1, rows_per_site // max(1, len(reached[path]))), np.random.default_rng([seed, index, side])
-            )
-            for index, task in enumerate(tasks)
-            for side, path in enumerate(PATHS)
+    def __init__(
+        self, plan: Plan, config: LanceConfig, sequences: Sequence[KeptSequence], passes: int, out: Path, device: str
+    ):
+        self.plan, self.config, self.sequences, self.out, self.device = plan, config, sequences, Path(out), device
+        self._passes, self._pass = passes, -1
+        self._width = {(target.path, target.site): target.in_features for target in layer_targets(config, 0)}
+        self._kept = {place for sequence in sequences for place in sequence.places}
+        self._aside: dict[int, Sums] = {}
+        self._slots: list[dict[str, np.ndarray]] = []
+        self._sums: Sums = {}
+        self._rows: Rows = {}
+        self._entering: dict[int, torch.Tensor] = {}
+        self._now: int | None = None
+        self._taken: dict[tuple[int, str], tuple[torch.Tensor, int]] = {}
+        self._writer = ThreadPoolExecutor(1)
+        self._written: Future | None = None
+
+    def start(self, places: Sequence[int]) -> None:
+        """A pass over these places of `plan.forwards`, in order."""
+        self._pass += 1
+        self._taken, slots = {}, {path: [] for path in PATHS}
+        for place in places:
+            for path in PATHS:
+                share = self.plan.shares.get((place, path))
+                if share is not None:
+                    tokens = torch.from_numpy(share.tokens).to(self.device)
+                    self._taken[place, path] = (tokens, len(slots[path]))
+                    slots[path] += range(share.first, share.first + len(share.tokens))
+        self._slots.append({path: np.array(rows, dtype=np.int64) for path, rows in slots.items()})
+
+    def listen(self, index: int, layer: Layer) -> None:
+        """Put the hooks on a layer's linears: those of a site read the same input, so one of them is enough."""
+        self._sums = {key: sums.to(self.device) for key, sums in self._aside.pop(index, {}).items()}
+        self._rows = {
+            (path, site): torch.empty(len(self._slots[-1][path]), width, dtype=torch.bfloat16, device=self.device)
+            for (path, site), width in self._width.items()
         }
-        self._now: tuple[str, int, float] | None = None
-        self._plan: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._handles: list = []
-        self._states: list[torch.Tensor] | None = None
-        self._call: dict | None = None
-        self.sequences: list[dict] = []
-        self.hidden: list[list[torch.Tensor]] = []
-
-    def __enter__(self) -> "Recorder":
-        decoder = self.lance.language_model.model
-        self._handles.append(decoder.register_forward_pre_hook(self._on_call, with_kwargs=True))
-        for index, layer in enumerate(decoder.layers):
-            self._handles.append(layer.register_forward_pre_hook(self._on_layer))
-            heard = set()
-            for target in layer_targets(self.lance.config, index):
-                if (target.path, target.site) in heard:
-                    continue  # linears of a site read the same input: one of them is listened to
+        heard = set()
+        for target in layer_targets(self.config, index):
+            if (target.path, target.site) not in heard:
                 heard.add((target.path, target.site))
-                module = self.lance.get_submodule(target.name)
-                self._handles.append(module.register_forward_pre_hook(self._site_hook(target)))
-        return self
+                module = layer.get_submodule(target.name.removeprefix(layer_prefix(index)))
+                module.register_forward_pre_hook(self._hook(target.path, target.site))
 
-    def __exit__(self, *exception) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+    def begin(self, place: int, hidden: torch.Tensor) -> None:
+        """The call that follows is this forward; hidden [1, n, H] enters the layer."""
+        self._now = place
+        if place in self._kept:
+            self._entering[place] = hidden[0].to(torch.bfloat16, copy=True)
 
-    def begin(self, task: str, sample: int, timestep: float = float("nan")) -> None:
-        """The forward calls that follow belong to this task, sample index and timestep."""
-        self._now = (task, sample, timestep)
-
-    def pause(self) -> None:
-        """The forward calls that follow are not recorded."""
+    def quiet(self) -> None:
+        """The call that follows is not recorded."""
         self._now = None
 
-    def _on_call(self, module, args, kwargs) -> None:
-        hidden, positions, routing = args[:3]
-        if self._states is not None:
-            self._call = {"positions": positions, "routing": routing}
-        if self._now is None:
-            return
-        counts = {"und": hidden.shape[1] if routing.und is None else len(routing.und)}
-        counts["gen"] = 0 if routing.gen is None else len(routing.gen)
-        task, sample, timestep = self._now
-        for path, count in counts.items():
-            if count:
-                chosen = self.reservoirs[task, path].offer(count, sample, timestep)
-                self._plan[path] = tuple(_sent(torch.from_numpy(part), hidden.device) for part in chosen)
-
-    def _on_layer(self, module, args) -> None:
-        if self._states is not None:
-            x, call = args
-            self._states.append(call.routing.merge(x)[0].to("cpu", torch.bfloat16))
-
-    def _site_hook(self, target):
+    def _hook(self, path: str, site: str):
         def hook(module, args) -> None:
-            if self._now is None:
+            share = None if self._now is None else self.plan.shares.get((self._now, path))
+            if share is None:
                 return
             x = args[0].flatten(0, -2)
-            key = (self._now[0], target.path, target.layer, target.site)
-            if key not in self.sums:
-                self.sums[key] = SiteSums.zeros(
-                    target.in_features, self.reservoirs[self._now[0], target.path].capacity, x.device
-                )
-            self.sums[key].add(x, *self._plan[target.path])
+            key = (self.plan.forwards[self._now].task, path, site)
+            if key not in self._sums:
+                self._sums[key] = SiteSums.zeros(x.shape[1], self.device)
+            self._sums[key].add(x, share.weight)
+            tokens, first = self._taken[self._now, path]
+            self._rows[path, site][first : first + len(tokens)] = x.index_select(0, tokens).to(torch.bfloat16)
 
         return hook
 
-    @contextmanager
-    def keep_sequence(self, spans: list[tuple[int, int, str]], task: str, timestep: float) -> Iterator[None]:
-        """Keep the states entering each layer of the one whole-sequence forward inside the block."""
-        self._states = []
-        try:
-            yield
-            positions, routing = self._call["positions"].cpu(), self._call["routing"]
-        finally:
-            states, self._states, self._call = self._states, None, None
-        count = positions.shape[-1]
-        expert = np.full(count, "und", dtype=object)
-        if routing.gen is not None:
-            expert[routing.gen.cpu().numpy()] = "gen"
-        split = np.concatenate([np.full(end - start, index) for index, (start, end, _) in enumerate(spans)])
-        self.sequences.append(
-            {
-                "sequence": np.full(count, len(self.sequences), dtype=np.int32),
-                "task": np.full(count, task, dtype=object),
-                "timestep": np.full(count, timestep, dtype=np.float32),
-                "token": np.arange(count, dtype=np.int32),
-                **{axis: row.numpy().astype(np.int32) for axis, row in zip("thw", positions, strict=True)},
-                "split": split.astype(np.int32),
-                "mode": np.array([spans[index][2] for index in split], dtype=object),
-                "expert": expert,
-            }
-        )
-        self.hidden.append(states)
+    def finish(self, index: int) -> None:
+        """Set a layer aside for the next pass or, after the last one, write it, while the next layer runs."""
+        sums = {key: value.to("cpu") for key, value in self._sums.items()}
+        rows = {key: value.cpu() for key, value in self._rows.items()}
+        states = {place: value.cpu() for place, value in self._entering.items()}
+        self._sums, self._rows, self._entering = {}, {}, {}
+        self._wait()  # one layer at most waits to be written
+        if self._pass + 1 == self._passes:
+            self._written = self._writer.submit(self._write, index, sums, rows, states)
+        else:
+            self._aside[index] = sums
+            self._written = self._writer.submit(self._put_aside, index, self._pass, rows, states)
 
-    def tokens(self, task: str, path: str) -> int:
-        """Tokens that every site of this path saw in this task."""
-        return self.reservoirs[task, path].seen
+    def _wait(self) -> None:
+        if self._written is not None:
+            self._written.result()
+            self._written = None
 
-    def write(self, folder: Path) -> None:
-        """Write the Parquet files of `activations.py` into an existing folder."""
-        layers = range(self.lance.config.num_hidden_layers)
+    def close(self) -> None:
+        """Write what all layers share and wait for the rest."""
+        layers = range(self.config.num_hidden_layers)
         coverage = [
-            {"task": task, "path": path, "layer": layer, "site": site, "tokens": self.tokens(task, path)}
-            for task in self.tasks
+            {"task": task, "path": path, "layer": layer, "site": site}
+            | {"tokens": tokens[path], "weight": self.plan.weights[task][path]}
+            for task, tokens in self.plan.tokens.items()
             for path in PATHS
             for layer in layers
             for site in SITES
         ]
-        pq.write_table(pa.Table.from_pylist(coverage), folder / "coverage.parquet")
-        for path in PATHS:
-            for layer in layers:
-                self._write_layer(folder, path, layer)
-        if self.sequences:
-            names = self.sequences[0]
-            table = {name: np.concatenate([sequence[name] for sequence in self.sequences]) for name in names}
-            pq.write_table(pa.table(table), folder / "sequences.parquet")
-            for layer in layers:
-                self._write_hidden(folder, layer)
+        pq.write_table(pa.Table.from_pylist(coverage), self.out / "coverage.parquet")
+        self._wait()
+        shutil.rmtree(self.out / SCRATCH, ignore_errors=True)
 
-    def _write_layer(self, folder: Path, path: str, layer: int) -> None:
-        statistics, rows = [], []
-        for site in SITES:
-            for task in self.tasks:
-                sums = self.sums.get((task, path, layer, site))
-                if sums is None:
-                    continue
-                kept = self.reservoirs[task, path]
-                count = len(sums.absolute)
-                statistics.append(
-                    pa.table(
-                        {
-                            "task": [task] * count,
-                            "site": [site] * count,
-                            "channel": np.arange(count, dtype=np.int32),
-                            "mean_abs": (sums.absolute / kept.seen).float().cpu().numpy(),
-                            "mean_sq": (sums.square / kept.seen).float().cpu().numpy(),
-                            "max_abs": sums.largest.cpu().numpy(),
-                        }
-                    )
-                )
-                count = len(kept.samples)
-                rows.append(
-                    pa.table(
-                        {
-                            "task": [task] * count,
-                            "site": [site] * count,
-                            "sample": np.array(kept.samples, dtype=np.int32),
-                            "timestep": np.array(kept.timesteps, dtype=np.float32),
-                            "row": bit_patterns(list(sums.rows[:count].cpu())),
-                        }
-                    )
-                )
-        for kind, tables, schema in (("statistics", statistics, STATISTICS_SCHEMA), ("rows", rows, ROWS_SCHEMA)):
-            file = layer_file(folder, kind, path, layer)
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._writer.shutdown(cancel_futures=True)
+
+    # on the writer's thread
+
+    def _scratch(self, index: int, number: int, what: str) -> Path:
+        return self.out / SCRATCH / f"layer={index}" / f"{number}-{what}.npy"
+
+    def _put_aside(self, index: int, number: int, rows: Rows, states: dict[int, torch.Tensor]) -> None:
+        named = {f"{path}-{site}": value for (path, site), value in rows.items()}
+        named |= {f"state-{place}": value for place, value in states.items()}
+        for what, value in named.items():
+            file = self._scratch(index, number, what)
             file.parent.mkdir(parents=True, exist_ok=True)
-            with pq.ParquetWriter(file, schema) as writer:  # a row group a site and task: readers take what they need
-                for table in tables:
-                    writer.write_table(table.cast(schema))
+            np.save(file, value.view(torch.int16).numpy(), allow_pickle=False)
 
-    def _write_hidden(self, folder: Path, layer: int) -> None:
-        file = folder / "hidden" / f"layer={layer}" / "part.parquet"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with pq.ParquetWriter(file, HIDDEN_SCHEMA) as writer:
-            for index, states in enumerate(self.hidden):
-                count = len(states[layer])
+    def _write(self, index: int, sums: Sums, rows: Rows, states: dict[int, torch.Tensor]) -> None:
+        for path in PATHS:
+            self._write_statistics(index, path, sums)
+            self._write_rows(index, path, rows)
+        if self.sequences:
+            for file in (self.out / SCRATCH / f"layer={index}").glob("*-state-*.npy"):
+                states[int(file.stem.split("-")[-1])] = _load(file)
+            self._write_hidden(index, states)
+        shutil.rmtree(self.out / SCRATCH / f"layer={index}", ignore_errors=True)
+
+    def _whole(self, index: int, path: str, site: str, rows: Rows) -> torch.Tensor:
+        """Rows of all passes, in the plan's order."""
+        last = rows[path, site]
+        if len(self._slots) == 1:
+            return last
+        whole = last.new_empty(self.plan.rows(path), last.shape[1])
+        for number, slots in enumerate(self._slots[:-1]):
+            whole[torch.from_numpy(slots[path])] = _load(self._scratch(index, number, f"{path}-{site}"))
+        whole[torch.from_numpy(self._slots[-1][path])] = last
+        return whole
+
+    def _write_statistics(self, index: int, path: str, sums: Sums) -> None:
+        with _writer(layer_file(self.out, "statistics", path, index), STATISTICS_SCHEMA) as writer:
+            for site in SITES:
+                for task in self.plan.tokens:
+                    found = sums.get((task, path, site))
+                    if found is None:
+                        continue
+                    count = len(found.absolute)
+                    columns = {
+                        "task": [task] * count,
+                        "site": [site] * count,
+                        "channel": np.arange(count, dtype=np.int32),
+                        "mean_abs": found.absolute.float().numpy(),
+                        "mean_sq": found.square.float().numpy(),
+                        "max_abs": found.largest.float().numpy(),
+                    }
+                    writer.write_table(pa.table(columns).cast(STATISTICS_SCHEMA))
+
+    def _write_rows(self, index: int, path: str, rows: Rows) -> None:
+        """A row group a site and task, so that readers take what they need."""
+        tasks = self.plan.row_tasks[path]
+        with _writer(layer_file(self.out, "rows", path, index), ROWS_SCHEMA) as writer:
+            for site in SITES:
+                whole = self._whole(index, path, site, rows)
+                for task in dict.fromkeys(tasks):
+                    at = slice(tasks.index(task), tasks.index(task) + tasks.count(task))
+                    count = at.stop - at.start
+                    columns = {
+                        "task": [task] * count,
+                        "site": [site] * count,
+                        "sample": np.array(self.plan.row_samples[path][at], dtype=np.int32),
+                        "timestep": np.array(self.plan.row_timesteps[path][at], dtype=np.float32),
+                        "row": bit_patterns(whole[at]),
+                    }
+                    writer.write_table(pa.table(columns).cast(ROWS_SCHEMA))
+
+    def _write_hidden(self, index: int, states: dict[int, torch.Tensor]) -> None:
+        file = self.out / "hidden" / f"layer={index}" / "part.parquet"
+        with _writer(file, HIDDEN_SCHEMA) as writer:
+            for number, sequence in enumerate(self.sequences):
+                state = torch.cat([states[place] for place in sequence.places])
                 columns = {
-                    "sequence": np.full(count, index, dtype=np.int32),
-                    "token": np.arange(count, dtype=np.int32),
-                    "state": bit_patterns(list(states[layer])),
+                    "sequence": np.full(len(state), number, dtype=np.int32),
+                    "token": np.arange(len(state), dtype=np.int32),
+                    "state": bit_patterns(state),
                 }
                 writer.write_table(pa.table(columns).cast(HIDDEN_SCHEMA))
 
 
-def _sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """To the device without waiting for it: a copy from pageable memory would."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+def _writer(file: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    encoded = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in BITS if name in schema.names}
+    return pq.ParquetWriter(
+        file, schema, compression="zstd", compression_level=1, use_dictionary=["task", "site"], column_encoding=encoded
+    )
+
+
+def _load(file: Path) -> torch.Tensor:
+    return torch.from_numpy(np.load(file, allow_pickle=False)).view(torch.bfloat16)

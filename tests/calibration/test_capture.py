@@ -1,26 +1,33 @@
-"""The capture artifact: what its tables say must be what the linears saw."""
+"""The capture artifact: what its tables say must be what the linears of the whole model see."""
+
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+from lance_quant.calibration import capture as capturing
 from lance_quant.calibration.activations import read_layer
-from lance_quant.calibration.capture import capture, chosen_steps
+from lance_quant.calibration.capture import capture, prepare_jobs
 from lance_quant.calibration.config import CalibrationConfig
-from lance_quant.calibration.recorder import Recorder, Reservoir
+from lance_quant.calibration.jobs import CONDITIONAL
+from lance_quant.checkpoint.layout import PATHS, SITES, layer_targets
 from lance_quant.errors import LanceQuantError
+from lance_quant.model.inputs import prepare
 from lance_quant.model.lance import load_lance
-from lance_quant.model.positions import block_mask
+from lance_quant.model.prompts import IM_END, encode, load_tokenizer
 from lance_quant.model.routing import Routing
+from lance_quant.model.sampler import CachedFlow, is_guided, run_flow, timesteps
+from lance_quant.model.understanding import forced_logits
 from tests.random_checkpoint import random_checkpoint
 
-CFG = CalibrationConfig(samples=3, timesteps=3, rows_per_site=64, sequences=1)
+CFG = CalibrationConfig(samples=2, timesteps=3, rows_per_site=64, sequences=1, unconditional=0.5)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return random_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+@pytest.fixture(scope="module", params=["image", "video"])
+def checkpoint(request, tmp_path_factory):
+    return random_checkpoint(tmp_path_factory.mktemp("checkpoint"), layout=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -29,46 +36,119 @@ def captured(checkpoint, tmp_path_factory):
     return out, capture(checkpoint, CFG, out, "cpu")
 
 
-def test_coverage(checkpoint, captured):
-    out, summary = captured
-    coverage = pd.read_parquet(out / "coverage.parquet")
-    assert set(coverage.columns) == {"task", "path", "layer", "site", "tokens"}
-    seen = coverage[(coverage.layer == 0) & (coverage.site == "qkv")].set_index(["task", "path"]).tokens
-    # three pictures at three timesteps: 16 latents in each branch that guidance runs
-    assert seen["t2i", "gen"] % 16 == 0 and seen["t2i", "gen"] >= 3 * 3 * 16
-    assert seen["x2t_image", "gen"] == 0
-    assert summary.tokens["x2t_image"]["und"] == seen["x2t_image", "und"] > 0
+def same_files(one, other) -> bool:
+    files = sorted(file.relative_to(one) for file in one.rglob("*.parquet"))
+    assert files == sorted(file.relative_to(other) for file in other.rglob("*.parquet"))
+    return all((one / file).read_bytes() == (other / file).read_bytes() for file in files)
 
 
-def test_tokens_of_a_path_are_those_of_each_of_its_linears(captured):
-    """So that coverage can be judged from the summary alone, whatever is asked for."""
+class Ears:
+    """Hooks on a whole resident model: what layer 1 is fed, path and site apart."""
+
+    def __init__(self, lance):
+        self.heard = {(path, site): [] for path in PATHS for site in SITES}
+        self.on = True
+        for target in layer_targets(lance.config, 1):
+            if target.name.split(".")[-1].split("_moe")[0] in ("q_proj", "o_proj", "gate_proj", "down_proj"):
+                lance.get_submodule(target.name).register_forward_pre_hook(self._hook(target.path, target.site))
+
+    def _hook(self, path, site):
+        def hook(module, args):
+            if self.on:
+                self.heard[path, site].append(args[0].flatten(0, -2).float())
+
+        return hook
+
+    def take(self):
+        taken, self.heard = self.heard, {key: [] for key in self.heard}
+        return taken
+
+
+def test_every_task_of_the_layout_is_covered(checkpoint, captured):
     out, summary = captured
+    served = 7 if checkpoint.layout == "video" else 3
+    assert summary.samples == 2 * served and len(summary.tokens) == served
     coverage = pd.read_parquet(out / "coverage.parquet")
+    assert set(coverage.columns) == {"task", "path", "layer", "site", "tokens", "weight"}
     for (task, path), seen in coverage.groupby(["task", "path"]).tokens:
-        assert set(seen) == {summary.tokens[task][path]}
+        assert set(seen) == {summary.tokens[task][path]}  # so that the summary alone tells what is covered
+        assert (path == "gen" and task.startswith("x2t")) == (seen.iloc[0] == 0)
+    assert summary.rows["und"] <= 64 and summary.rows["gen"] > 50
+
+
+def test_layers_see_what_they_see_in_the_whole_model(checkpoint, tmp_path):
+    """Statistics of layer 1, forward by forward, against hooks on the resident model that runs its own loops."""
+    cfg = replace(CFG, samples=1, unconditional=1.0, weights={"t2i": 3.0})
+    capture(checkpoint, cfg, tmp_path, "cpu")
+    lance = load_lance(checkpoint)
+    jobs = prepare_jobs(checkpoint, cfg, "cpu", lambda *told: None)
+    ears = Ears(lance)
+    found = read_layer(tmp_path, 1)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    for job in jobs:
+        task = job.sample.task
+        if not job.steps:
+            question = next(r for r in capturing.calibration_requests(checkpoint, cfg) if r.task == task)
+            sample = prepare(question, tokenizer, checkpoint.edges(task))
+            forced_logits(lance, sample, encode(tokenizer, question.answer + IM_END))
+            means = {key: [calls[0].abs().mean(0)] for key, calls in ears.take().items() if calls}
+        else:
+            means = guided_means(lance, job, ears)
+        for (path, site), each in means.items():
+            got = found[path, site]
+            torch.testing.assert_close(got.mean_abs[task], torch.stack(each).mean(0), rtol=1e-2, atol=1e-3)
+            assert got.weights[task] == (3.0 if task == "t2i" else 1.0)
+
+
+def guided_means(lance, job, ears):
+    """Mean |x| of each unit of one guided job: latents call by call, text branch by branch."""
+    flow = CachedFlow(lance, job.sample, job.state.to(torch.bfloat16), job.flow)
+    moves = torch.isin(job.sample.vae_indexes[flow.rows], job.sample.mse_indexes)
+    latents = {site: [] for site in SITES}
+    text = {}
+    for (path, site), calls in ears.take().items():  # the context, read by one branch after the other
+        if path == "gen":
+            latents[site] += [call.abs().mean(0) for call in calls]
+        else:
+            first = len(job.context(CONDITIONAL))
+            text[site] = calls[:first], calls[first:]
+    for step in job.steps:
+        noised = job.state.clone()
+        noised[flow.rows[moves]] = ((1 - step.t) * job.goal + step.t * job.state[flow.rows])[moves]
+        guided = is_guided(timesteps(job.flow)[step.index], job.flow)
+        flow.velocities(noised.to(torch.bfloat16), torch.tensor(step.t), guided)
+        for (path, site), calls in ears.take().items():
+            for branch, part in enumerate(calls[0].chunk(1 + guided)):
+                if path == "gen":
+                    latents[site].append(part.abs().mean(0))
+                else:
+                    text[site][branch].append(part)
+    both = {("und", site): [torch.cat(parts).abs().mean(0) for parts in text[site]] for site in SITES}
+    return both | {("gen", site): means for site, means in latents.items()}
 
 
 def test_tables_are_readable_with_pandas_alone(captured):
-    out, _ = captured
+    out, summary = captured
     statistics = pd.read_parquet(out / "statistics")
     assert {"task", "site", "channel", "mean_abs", "mean_sq", "max_abs", "path", "layer"} == set(statistics.columns)
     rows = pd.read_parquet(out / "rows" / "path=gen" / "layer=1" / "part.parquet")
     values = (rows.row.iloc[0].astype(np.uint32) << 16).view(np.float32)
     assert values.dtype == np.float32 and np.isfinite(values).all()
     sequences = pd.read_parquet(out / "sequences.parquet")
-    assert sequences.groupby("sequence").task.first().tolist() == ["x2t_image", "t2i"]
+    assert set(sequences.groupby("sequence").task.first()) == set(summary.tokens)
     assert set(sequences[sequences.task == "t2i"].expert) == {"und", "gen"}
 
 
-def test_layer_reads_back(checkpoint, captured):
+def test_layer_reads_back(captured):
     out, summary = captured
     site = read_layer(out, 1)["und", "down"]
-    assert site.tasks == ["x2t_image", "t2i"]
-    assert site.rows.dtype == torch.bfloat16 and site.rows.shape == (64, 256)
-    assert site.row_tasks.count("t2i") == site.row_tasks.count("x2t_image") == 32
-    assert torch.isnan(site.row_timesteps[0]) and not torch.isnan(site.row_timesteps[-1])
+    assert site.tasks == list(summary.tokens)
+    assert site.rows.dtype == torch.bfloat16 and site.rows.shape == (summary.rows["und"], 256)
+    assert len({site.row_tasks.count(task) for task in site.tasks}) == 1
+    assert torch.isnan(site.row_timesteps[0])
     assert (site.max_abs["t2i"] >= site.mean_abs["t2i"]).all()
-    assert read_layer(out, 1)["gen", "o"].tasks == ["t2i"]
+    assert "x2t_image" not in read_layer(out, 1)["gen", "o"].tasks
+    assert not torch.isnan(read_layer(out, 1)["gen", "o"].row_timesteps).any()
     with pytest.raises(LanceQuantError, match="layer 7"):
         read_layer(out, 7)
 
@@ -84,63 +164,78 @@ def test_kept_sequences_replay_the_layer(checkpoint, captured):
             rows = pd.read_parquet(out / "hidden" / f"layer={layer}" / "part.parquet")
             rows = np.stack(rows[rows.sequence == sequence].state.to_numpy())
             states.append(torch.from_numpy(rows.view(np.int16).copy()).view(torch.bfloat16))
-        splits = table.groupby("split").agg(count=("token", "size"), mode=("mode", "first"))
-        seen = {}
-        handle = lance.language_model.model.layers[1].register_forward_pre_hook(
-            lambda module, args, seen=seen: seen.update(x=args[1].routing.merge(args[0]))
-        )
+        splits = table.groupby("split").agg(start=("token", "min"), end=("token", "max"), mode=("mode", "first"))
+        spans = [(row.start, row.end + 1, row.mode) for row in splits.itertuples()]
         routing = Routing.of(torch.from_numpy((table.expert == "gen").to_numpy().copy()))
         positions = torch.from_numpy(table[["t", "h", "w"]].to_numpy().T.copy())
-        mask = block_mask(splits["count"].tolist(), splits["mode"].tolist())
+        call = lance.language_model.model.call(states[0][None], positions, routing, spans)
         with torch.inference_mode():
-            lance.language_model.model(states[0][None], positions, routing, mask=mask)
-        handle.remove()
-        assert torch.equal(seen["x"][0], states[1])
+            again = routing.merge(lance.language_model.model.layers[0](routing.split(states[0][None]), call))
+        # the capture keeps q and k of latents in float32 (quirk Q6), a replay in one call does not
+        torch.testing.assert_close(again[0], states[1], rtol=0.05, atol=0.05)
 
 
-def test_statistics_are_those_of_the_inputs(checkpoint):
-    lance = load_lance(checkpoint, dtype=torch.float32)
-    x = torch.randn(1, 40, 128, generator=torch.Generator().manual_seed(1))
-    inputs = []
-    module = lance.language_model.model.layers[0].self_attn.q_proj
-    with torch.inference_mode(), Recorder(lance, ["t2i"], 16, seed=0) as recorder:
-        module.register_forward_pre_hook(lambda module, args: inputs.append(args[0][0]))
-        for part in x.split(13, dim=1):
-            recorder.begin("t2i", 0)
-            lance.language_model.model(part, torch.zeros(3, part.shape[1], dtype=torch.int64), Routing())
-    seen = torch.cat(inputs)
-    sums = recorder.sums["t2i", "und", 0, "qkv"]
-    torch.testing.assert_close(sums.absolute / 40, seen.double().abs().mean(0), rtol=1e-6, atol=0)
-    torch.testing.assert_close(sums.square / 40, seen.double().square().mean(0), rtol=1e-6, atol=0)
-    assert torch.equal(sums.largest, seen.abs().amax(0))
-    kept = {tuple(row.tolist()) for row in sums.rows}
-    assert len(kept) == 16 and kept <= {tuple(row.tolist()) for row in seen.to(torch.bfloat16)}
+def test_groups_give_the_same_bytes_as_one_pass(checkpoint, captured, tmp_path, monkeypatch):
+    out, one = captured
+    monkeypatch.setattr(capturing, "room", lambda *_: 60_000)
+    summary = capture(checkpoint, CFG, tmp_path, "cpu")
+    assert one.passes == 1 and summary.passes >= 3
+    assert same_files(out, tmp_path)
+    assert not (tmp_path / "scratch").exists()
 
 
-def test_reservoir_is_uniform():
-    counts = np.zeros(50)
-    for seed in range(400):
-        reservoir = Reservoir(10, np.random.default_rng(seed))
-        held = {}
-        for start in range(0, 50, 7):
-            count = min(7, 50 - start)
-            for token, slot in zip(*reservoir.offer(count, start, 0.0), strict=True):
-                held[slot] = start + token
-        assert len(held) == 10 == len(reservoir.samples)
-        counts[list(held.values())] += 1
-    # binomial with mean 80 and standard deviation 8
-    assert counts.min() > 48 and counts.max() < 112
+def test_memory_that_holds_no_layer_is_refused(checkpoint, tmp_path):
+    with pytest.raises(LanceQuantError, match="raise calibration.memory_gb"):
+        capture(checkpoint, replace(CFG, memory_gb=1e-4), tmp_path, "cpu")
 
 
-def test_same_seed_same_bytes(checkpoint, captured, tmp_path):
-    out, _ = captured
-    capture(checkpoint, CFG, tmp_path, "cpu")
-    for file in sorted(out.rglob("*.parquet")):
-        assert file.read_bytes() == (tmp_path / file.relative_to(out)).read_bytes(), file.name
+def test_waves_are_the_samplers_own_states(checkpoint, tmp_path, monkeypatch):
+    """Without a known result the sampler's steps run, one a wave, and leave what `run_flow` leaves."""
+    real = capturing.calibration_requests
+    monkeypatch.setattr(
+        capturing, "calibration_requests", lambda *args: [replace(r, target=()) for r in real(*args) if r.task != "i2v"]
+    )
+    made = []
+    prepared = capturing.prepare_jobs
+    monkeypatch.setattr(capturing, "prepare_jobs", lambda *args: made.append(prepared(*args)) or made[-1])
+    cfg = replace(CFG, samples=1, sampler_steps=3, sequences=0)
+    started = {
+        job.index: job.state.clone() for job in prepared(checkpoint, cfg, "cpu", lambda *told: None) if job.steps
+    }
+    summary = capture(checkpoint, cfg, tmp_path, "cpu")
+    assert summary.passes == 3
+    lance = load_lance(checkpoint)
+    job = next(job for job in made[-1] if job.sample.task == "t2i")
+    states = []
+    flow = CachedFlow(lance, job.sample, started[job.index].to(torch.bfloat16), job.flow)
+    run_flow(flow, started[job.index].to(torch.bfloat16), job.flow, lambda _, t, state, v: states.append(state.clone()))
+    torch.testing.assert_close(
+        job.state, states[2].float(), rtol=0.02, atol=0.02
+    )  # the last step's result is not needed
 
 
-def test_steps_are_stratified():
-    assert chosen_steps(30, 40, 0) == list(range(30))
-    steps = chosen_steps(30, 8, 3)
-    assert steps == sorted(set(steps)) and len(steps) == 8
-    assert all(round(i * 30 / 8) <= step < round((i + 1) * 30 / 8) for i, step in enumerate(steps))
+def test_text_is_seen_by_the_understanding_path_alone(checkpoint, tmp_path):
+    (tmp_path / "a.txt").write_text("a red circle and a blue square, " * 40)
+    cfg = CalibrationConfig(source="text", path=str(tmp_path), samples=3, text_tokens=24, sequences=1)
+    out = tmp_path / "out"
+    out.mkdir()
+    summary = capture(checkpoint, cfg, out, "cpu")
+    assert summary.tokens == {"text": {"und": 72, "gen": 0}}
+    lance = load_lance(checkpoint)
+    ears = Ears(lance)
+    for job in prepare_jobs(checkpoint, cfg, "cpu", lambda *told: None):
+        forced_logits(lance, job.sample, [0])
+    found = read_layer(out, 1)
+    for (path, site), calls in ears.take().items():
+        if path == "und":
+            mean = torch.cat(calls).abs().mean(0)
+            torch.testing.assert_close(found[path, site].mean_abs["text"], mean, rtol=1e-2, atol=1e-3)
+    assert found["gen", "o"].tasks == []
+
+
+@pytest.mark.parametrize("path", ["", "nowhere", "empty"])
+def test_text_that_is_not_there(checkpoint, tmp_path, path):
+    (tmp_path / "empty").mkdir()
+    cfg = CalibrationConfig(source="text", path=path and str(tmp_path / path))
+    with pytest.raises(LanceQuantError, match="calibration"):
+        capture(checkpoint, cfg, tmp_path, "cpu")

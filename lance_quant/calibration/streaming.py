@@ -1,0 +1,83 @@
+"""Parts of a checkpoint on the device one after another: what embeds, what looks, and then layer after layer.
+
+    for index, layer in stream_layers(checkpoint, "cuda"): ...
+
+Never more than two layers (617 MB of the published model) are there: the one at work and the one being read.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import torch
+
+from lance_quant.checkpoint.fill import fill, set_parameter
+from lance_quant.checkpoint.layout import VIT_PREFIX, Checkpoint, layer_prefix
+from lance_quant.checkpoint.reader import TensorReader
+from lance_quant.model.config import LanceConfig
+from lance_quant.model.decoder import Decoder, Layer
+from lance_quant.model.lance import Lance, build_lance
+
+DTYPE = torch.bfloat16
+NORMS = ("language_model.model.norm.", "language_model.model.norm_moe_gen.")  # where `Lance` looks for its device
+ADAPTERS = (*NORMS, "language_model.model.embed_tokens.", "time_embedder.", "vae2llm.", "llm2vae.")
+
+
+def load_adapters(checkpoint: Checkpoint, device: str) -> Lance:
+    """A Lance whose embedding table, latent adapters and final norms are filled, and nothing else."""
+    lance = build_lance(checkpoint, DTYPE)
+    _fill_parts(lance, checkpoint, ADAPTERS, device)
+    return lance
+
+
+def load_eyes(checkpoint: Checkpoint, device: str) -> Lance:
+    """A Lance whose vision tower is filled, and hardly anything else."""
+    lance = build_lance(checkpoint, DTYPE)
+    _fill_parts(lance, checkpoint, NORMS if checkpoint.vit_file is not None else (*NORMS, VIT_PREFIX), device)
+    if checkpoint.vit_file is not None:
+        fill(lance.vit_model, checkpoint.vit_file, device, DTYPE)
+    for module in lance.vit_model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    return lance
+
+
+def _fill_parts(lance: Lance, checkpoint: Checkpoint, prefixes: tuple[str, ...], device: str) -> None:
+    with TensorReader(checkpoint.model_file) as reader:
+        for name, parameter in list(lance.named_parameters()):
+            if name.startswith(prefixes):
+                value = torch.empty(parameter.shape, device=device, dtype=DTYPE)
+                set_parameter(lance, name, reader.read_into(name, value))
+
+
+def one_layer(config: LanceConfig) -> LanceConfig:
+    """The sizes of a decoder of one layer: what a key-value cache needs where layers come one at a time."""
+    return replace(config, num_hidden_layers=1)
+
+
+def bare_decoder(config: LanceConfig) -> Decoder:
+    """A decoder without weights, for what all layers of a call share."""
+    with torch.device("meta"):
+        return Decoder(replace(config, num_hidden_layers=0))
+
+
+def stream_layers(checkpoint: Checkpoint, device: str) -> Iterator[tuple[int, Layer]]:
+    """(index, layer) in order, bfloat16 on the device; each stands at place 0 of its own cache."""
+    count = checkpoint.config.num_hidden_layers
+    with TensorReader(checkpoint.model_file) as reader, ThreadPoolExecutor(1) as ahead:
+
+        def read(index: int) -> Layer:
+            with torch.device("meta"):
+                layer = Layer(checkpoint.config, 0)
+            for name, parameter in list(layer.named_parameters()):
+                value = torch.empty(parameter.shape, device=device, dtype=DTYPE)
+                set_parameter(layer, name, reader.read_into(layer_prefix(index) + name, value))
+            return layer.eval()
+
+        following = ahead.submit(read, 0)
+        for index in range(count):
+            layer = following.result()
+            if index + 1 < count:
+                following = ahead.submit(read, index + 1)
+            yield index, layer
+            del layer
