@@ -17,7 +17,7 @@ from tasks.config import RunConfig
 from tasks.stage import as_state
 from tasks.store import MANIFEST, Artifact, Identity, Store
 
-REVISION = 1
+REVISION = 2
 MODEL = "model"
 
 
@@ -59,6 +59,8 @@ def report(cfg: RunConfig, measured: Measured) -> Artifact:
             baseline=m.reference.path,
             metrics=m.scored.path,
             settings=settings,
+            calibrated_on=cfg.calibration.source,
+            evaluated_on=cfg.evaluation.source,
             min_tokens=cfg.calibration.min_tokens,
         )
         summary = asdict(library.write_report(job, out)) | {"uncovered": uncovered(cfg, m.captured)}
