@@ -3,9 +3,11 @@
     python -m flows.generate task=t2i prompt='a red circle'
     python -m flows.generate task=x2t_image image=photo.jpg prompt='What is this?' checkpoint=image
     python -m flows.generate task=t2v prompt='a red circle' checkpoint=video weights=artifacts/report/<key>/model
+    python -m flows.generate -m task=t2i prompt='a red circle' weights=bf16,artifacts/report/<key>/model seed=1,2,3
     python -m flows.generate examples=Lance/config/examples/image_edit_example.json checkpoint=image
 
-Writes `<out>/<task>-<seed>.png`, `.mp4` or `.txt` (of an example file: `000001.png` and so on) and a JSON beside it.
+Writes `<out>/<task>-<seed>.png`, `.mp4` or `.txt` and a JSON beside it. What an example file asks for goes to
+`<out>/<its name>/000001.png` and so on, the runs of a sweep (-m) to `<out>/0`, `<out>/1`.
 """
 
 import hashlib
@@ -17,6 +19,8 @@ from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from flows.command import INTERRUPTED, end, one_sentence, run_command
@@ -87,6 +91,9 @@ class GenerateConfig:
 def main(composed: DictConfig) -> None:
     with one_sentence():
         cfg = strict(GenerateConfig, composed)
+        job = HydraConfig.get()
+        if job.mode is RunMode.MULTIRUN:  # runs of a sweep may share task and seed
+            cfg.out = str(Path(cfg.out) / str(job.job.num))
         try:
             generate(cfg)
         except KeyboardInterrupt:
@@ -120,6 +127,7 @@ def generate(cfg: GenerateConfig) -> None:
         torch.set_num_threads(1)
     weights = None if cfg.weights == BF16 else Path(cfg.weights).expanduser()
     generator = Generator(checkpoint, weights, device)
+    out = Path(cfg.out) / Path(cfg.examples).stem
     lines = Lines(len(examples))
     identity = None
     for index, example in enumerate(examples):
@@ -135,7 +143,7 @@ def generate(cfg: GenerateConfig) -> None:
         identity = identity or weights_identity(generator, Path(cfg.artifacts))
         edges = {"resolution": asdict(checkpoint.edges(example.task))}
         origin = {"request": recorded(example, request), "settings": asdict(settings) | edges | {"device": device}}
-        write(Path(cfg.out), example.name, result, origin | {"weights": identity})
+        write(out, example.name, result, origin | {"weights": identity})
 
 
 def asked(cfg: GenerateConfig) -> list:

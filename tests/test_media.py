@@ -1,6 +1,7 @@
 """Pictures and clips from files and back, and one sentence for each that is none."""
 
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -139,3 +140,11 @@ def test_a_header_that_counts_wrongly(tmp_path, monkeypatch):
     for wrong in (7, 90):
         monkeypatch.setattr("lance_quant.media._announced", lambda path, wrong=wrong: (wrong, 12.0))
         assert greys(read_clip(tmp_path / "a.mp4")) == right
+
+
+def test_only_clips_need_pyav(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    write_image(tmp_path / "a.png", ramp(1)[0])
+    assert read_image(tmp_path / "a.png").size == (48, 32)
+    with pytest.raises(LanceQuantError, match="pip install av"):
+        read_clip(tmp_path / "a.png")

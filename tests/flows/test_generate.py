@@ -62,8 +62,8 @@ def test_an_example_file_of_the_checkpoint_that_ships(tmp_path):
         for key, question in {"0001": "how many circles?", "0002": "what color is the background?"}.items()
     }
     (folder / "x2t_image_example.json").write_text(json.dumps(questions))
-    out = tmp_path / "out"
-    done = command(f"examples={folder / 'x2t_image_example.json'}", f"out={out}", f"artifacts={tmp_path}")
+    out = tmp_path / "generate" / "x2t_image_example"
+    done = command(f"examples={folder / 'x2t_image_example.json'}", f"artifacts={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert sorted(file.name for file in out.iterdir()) == [
         "000001.json",
@@ -109,6 +109,16 @@ def test_a_clip_that_was_drawn_can_be_changed(tmp_path, video):
     record = run(tmp_path, video, task="video_edit", prompt="make it blue", video=clip)
     assert record["file"] == "video_edit-42.mp4" and record["frames"] == 9
     assert record["request"] == {"task": "video_edit", "prompt": "make it blue", "video": clip}
+
+
+def test_a_sweep_keeps_its_runs_apart(tmp_path, video, monkeypatch):
+    register_settings()
+    own = [f"checkpoint.path={video.path}", "checkpoint.image_edge=64", "device=cpu", f"artifacts={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["flows.generate", "-m", "task=t2i", "prompt=x", "steps=1,2", *own])
+    run_command(main)
+    for number, steps in enumerate((1, 2)):
+        record = read_json(tmp_path / "generate" / str(number) / "t2i-42.json")
+        assert record["settings"]["flow"]["steps"] == steps
 
 
 def test_a_resolution(tmp_path, video):
