@@ -1,4 +1,4 @@
-"""`python -m lance_quant.tiny stage=vae|lance|measure out=DIR minutes=9 [total_minutes=18] [any recipe field=value]`
+"""`python -m lance_quant.tiny stage=vae|clips|lance|export|measure out=DIR minutes=9 [any recipe field=value]`
 
 Trains Lance-tiny in pieces, without an orchestrator: every stage goes on from what DIR holds and stops itself in
 time.

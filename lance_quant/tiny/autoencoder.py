@@ -1,17 +1,15 @@
 """`python -m lance_quant.tiny stage=vae minutes=5 out=DIR` trains the tiny Wan VAE and writes
 `Wan2.2_VAE.safetensors`.
 
-The architecture is diffusers' AutoencoderKLWan in its 2.2 form at base width 6 / 8. Single frames are trained
+The architecture is diffusers' AutoencoderKLWan in its 2.2 form at base width 6 / 8. Here single frames are trained,
 through a two-dimensional path that gives the same numbers (a first frame meets only the last temporal tap of every
-causal convolution); now and then a step trains short moving clips through diffusers' own chunked path. After training
-one affine map a latent channel is folded into quant_conv and post_quant_conv, so that scenes have zero mean and
-unit variance behind Wan's published constants.
+causal convolution); `temporal` trains the rest on clips. After training one affine map a latent channel is folded into
+quant_conv and post_quant_conv, so that scenes have zero mean and unit variance behind Wan's published constants.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -79,6 +77,29 @@ def decode_frames(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
     return unpatchify(out, 2)[:, :, 0].float()
 
 
+def encode_clips(vae: AutoencoderKLWan, clips: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log variance [B, 48, t, h, w] of clips [B, 3, T, H, W] in [-1, 1], by diffusers' chunks."""
+    mean, logvar = vae._encode(clips).float().chunk(2, 1)
+    return mean, logvar.clamp(-30, 20)
+
+
+def decode_clips(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """Clips [B, 3, T, H, W] of raw latents [B, 48, t, h, w]: diffusers' chunks without its clamp, which stops
+    gradients."""
+    vae.clear_cache()
+    x = vae.post_quant_conv(latents)
+    parts = []
+    for index in range(x.shape[2]):
+        vae._conv_idx = [0]
+        parts.append(
+            vae.decoder(
+                x[:, :, index : index + 1], feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=index == 0
+            )
+        )
+    vae.clear_cache()
+    return unpatchify(torch.cat(parts, 2), 2).float()
+
+
 def constants(device: str | torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Wan's latent mean and standard deviation, float32 [1, 48, 1, 1] each."""
     mean, std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (LATENT_MEAN, LATENT_STD))
@@ -135,44 +156,26 @@ def train_vae(
 
     centre, scale = constants(device)
 
-    def losses(path: Callable) -> Callable:
-        def of(pictures: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
-            with torch.autocast(vae.device.type, torch.bfloat16, enabled=cuda, cache_enabled=False):
-                mean, logvar, made = path(pictures, noise)
-            rebuilt = reconstruction_loss(made.float(), pictures)
-            return {"rebuilt": rebuilt, "kl": recipe.kl * divergence(mean, logvar)}
+    def losses(pictures: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
+        with torch.autocast(vae.device.type, torch.bfloat16, enabled=cuda, cache_enabled=False):
+            raw, logvar = encode_frames(vae, pictures)
+            mean, logvar = (raw - centre) / scale, logvar - 2 * scale.log()
+            spread = mean + noise * (logvar.exp() + recipe.noise**2).sqrt()
+            made = decode_frames(vae, spread * scale + centre)
+        rebuilt = reconstruction_loss(made.float(), pictures)
+        return {"rebuilt": rebuilt, "kl": recipe.kl * divergence(mean, logvar)}
 
-        return of
-
-    def spread(mean: torch.Tensor, logvar: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        return mean + noise * (logvar.exp() + recipe.noise**2).sqrt()
-
-    def frames(pictures: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        raw, logvar = encode_frames(vae, pictures)
-        mean, logvar = (raw - centre) / scale, logvar - 2 * scale.log()
-        return mean, logvar, decode_frames(vae, spread(mean, logvar, noise) * scale + centre)
-
-    def clips(pictures: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        raw, logvar = (part.float() for part in vae._encode(pictures).chunk(2, 1))
-        centres, scales = centre.unsqueeze(2), scale.unsqueeze(2)
-        mean, logvar = (raw - centres) / scales, logvar.clamp(-30, 20) - 2 * scales.log()
-        return mean, logvar, _decode_clip(vae, spread(mean, logvar, noise) * scales + centres)
-
-    on_frames, on_clips = (Step(run, losses(path), graph=graph) for path in (frames, clips))
+    step = Step(run, losses, graph=graph)
     said = run.elapsed
     while not run.over:
         generator = run.begin_step()
-        if recipe.clip_every and run.step % recipe.clip_every == recipe.clip_every - 1:
-            pictures = to_unit(moving_batch(recipe.clip_batch, generator))
-            on_clips(pictures, torch.randn(recipe.clip_batch, 48, 2, 8, 8, generator=generator, device=device))
-        else:
-            pictures = to_unit(world.render(world.random_batch(recipe.batch, generator)[0]))
-            seen = on_frames(pictures, torch.randn(recipe.batch, 48, 8, 8, generator=generator, device=device))
-            if run.step % 20 == 0 and run.elapsed - said > 10:
-                said = run.elapsed
-                words = " ".join(f"{name} {value.item():.5f}" for name, value in seen.items())
-                print(f"vae step {run.step} {run.elapsed:.0f}s {words}", flush=True)
+        pictures = to_unit(world.render(world.random_batch(recipe.batch, generator)[0]))
+        seen = step(pictures, torch.randn(recipe.batch, 48, 8, 8, generator=generator, device=device))
         run.end_step()
+        if run.step % 20 == 0 and run.elapsed - said > 10:
+            said = run.elapsed
+            words = " ".join(f"{name} {value.item():.5f}" for name, value in seen.items())
+            print(f"vae step {run.step} {run.elapsed:.0f}s {words}", flush=True)
     run.save()
     run.load_average()
     fold_constants(vae, seed=recipe.seed)
@@ -181,32 +184,6 @@ def train_vae(
     quality = measure_vae(vae, seed=recipe.seed + 1)
     print(json.dumps({"stage": "vae", "step": run.step, "finished": run.finished, **quality}), flush=True)
     return path
-
-
-def moving_batch(count: int, generator: torch.Generator) -> torch.Tensor:
-    """uint8 clips [B, 3, 5, 128, 128] of things that glide by whole pixels a frame."""
-    batch, velocity = world.random_batch(count, generator)
-    frames = [
-        world.render(batch._replace(x=batch.x + velocity[..., 0] * t, y=batch.y + velocity[..., 1] * t))
-        for t in range(world.CLIP_FRAMES)
-    ]
-    return torch.stack(frames, 2)
-
-
-def _decode_clip(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
-    """diffusers' decode without its clamp, which stops gradients."""
-    vae.clear_cache()
-    x = vae.post_quant_conv(latents)
-    parts = []
-    for index in range(x.shape[2]):
-        vae._conv_idx = [0]
-        parts.append(
-            vae.decoder(
-                x[:, :, index : index + 1], feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=index == 0
-            )
-        )
-    vae.clear_cache()
-    return unpatchify(torch.cat(parts, 2), 2)
 
 
 @torch.no_grad()

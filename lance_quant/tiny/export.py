@@ -1,21 +1,22 @@
-"""The published layout, written: `Lance_tiny/`, `Qwen2.5-VL-ViT/`, and the VAE file beside them (Lance spec sec. 1
-to 3)."""
+"""The published layouts, written: `Lance_tiny/` and `Lance_tiny_video/`, with `Qwen2.5-VL-ViT/` and the VAE file
+beside them (Lance spec sec. 1 to 3)."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from lance_quant.checkpoint.layout import POSITION_TABLE, VIT_PREFIX
 from lance_quant.model.config import LanceConfig
 from lance_quant.model.embedders import latent_positions
-from lance_quant.model.lance import Lance
 from lance_quant.tiny.tokenizer import LENGTH, VOCABULARY, save_tokenizer
 
-FOLDER = "Lance_tiny"
+FOLDERS = {"image": "Lance_tiny", "video": "Lance_tiny_video"}  # of the two layouts
+FOLDER = FOLDERS["image"]
 VIT_FOLDER = "Qwen2.5-VL-ViT"
 HIDDEN = 128
 
@@ -43,8 +44,8 @@ DECODER = {
     "torch_dtype": "float32",
     "use_cache": True,
     "max_latent_size": 16,
-    "max_num_frames": 1,
 }
+MAX_FRAMES = {"image": 1, "video": 9}  # rows of the position table: one latent frame and three
 
 VISION = {
     "model_type": "qwen2_5_vl",
@@ -76,40 +77,50 @@ TOKENS = {
 }
 
 
-def decoder_settings(tokenizer: Tokenizer) -> dict:
+def decoder_settings(tokenizer: Tokenizer, layout: str = "image") -> dict:
     """The content of llm_config.json."""
-    return DECODER | {key: tokenizer.token_to_id(text) for key, text in TOKENS.items()} | {"vision_config": VISION}
+    ids = {key: tokenizer.token_to_id(text) for key, text in TOKENS.items()}
+    return DECODER | {"max_num_frames": MAX_FRAMES[layout]} | ids | {"vision_config": VISION}
 
 
-def architecture(tokenizer: Tokenizer) -> tuple[LanceConfig, dict]:
-    """The decoder's resolved config and the vision tower's."""
-    return LanceConfig.from_dict(decoder_settings(tokenizer), LENGTH), dict(VISION)
+def architecture(tokenizer: Tokenizer, layout: str = "video") -> tuple[LanceConfig, dict]:
+    """The decoder's resolved config and the vision tower's; the weights are the same in both layouts."""
+    return LanceConfig.from_dict(decoder_settings(tokenizer, layout), LENGTH), dict(VISION)
 
 
-def write_checkpoint(lance: Lance, tokenizer: Tokenizer, vision: dict, out: Path) -> Path:
-    """Write everything but the VAE under `out`, F32; returns the model's folder."""
-    folder, eyes = out / FOLDER, out / VIT_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    eyes.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().float().cpu().contiguous() for name, value in lance.named_parameters()}
+def write_checkpoints(weights: dict[str, torch.Tensor], tokenizer: Tokenizer, out: Path) -> list[Path]:
+    """Write one set of weights in both layouts under `out`, F32: everything but the VAE. Returns the models' folders.
+
+    weights: a `Lance`'s parameters by name. The image layout keeps the vision tower in a file of its own, the video
+    layout bundles it (Lance spec sec. 1); its config.json serves both.
+    """
+    tensors = {name: value.detach().float().cpu().contiguous() for name, value in weights.items()}
     tower = {name[len(VIT_PREFIX) :]: value for name, value in tensors.items() if name.startswith(VIT_PREFIX)}
     model = {name: value for name, value in tensors.items() if not name.startswith(VIT_PREFIX)}
-    side = lance.config.max_latent_size
-    model[POSITION_TABLE] = latent_positions((lance.config.max_latent_frames, side, side), HIDDEN).contiguous()
-    save_file(model, folder / "model.safetensors", metadata={"format": "pt"})
+    eyes = out / VIT_FOLDER
+    eyes.mkdir(parents=True, exist_ok=True)
     save_file(tower, eyes / "vit.safetensors", metadata={"format": "pt"})
-    save_tokenizer(tokenizer, folder)
-    settings = decoder_settings(tokenizer)
-    generation = {
-        "bos_token_id": settings["bos_token_id"],
-        "eos_token_id": [settings["eos_token_id"], settings["bos_token_id"]],
-        "pad_token_id": settings["bos_token_id"],
-        "do_sample": False,
-    }
-    for path, content in (
-        (folder / "llm_config.json", settings),
-        (folder / "generation_config.json", generation),
-        (eyes / "config.json", vision),
-    ):
-        path.write_text(json.dumps(content, indent=2) + "\n")
-    return folder
+    _write_json(eyes / "config.json", VISION)
+    for layout, name in FOLDERS.items():
+        folder = out / name
+        folder.mkdir(parents=True, exist_ok=True)
+        config, _ = architecture(tokenizer, layout)
+        side = config.max_latent_size
+        table = latent_positions((config.max_latent_frames, side, side), HIDDEN).contiguous()
+        own = {POSITION_TABLE: table} | (tensors if layout == "video" else model)
+        save_file(own, folder / "model.safetensors", metadata={"format": "pt"})
+        save_tokenizer(tokenizer, folder)
+        settings = decoder_settings(tokenizer, layout)
+        _write_json(folder / "llm_config.json", settings)
+        generation = {
+            "bos_token_id": settings["bos_token_id"],
+            "eos_token_id": [settings["eos_token_id"], settings["bos_token_id"]],
+            "pad_token_id": settings["bos_token_id"],
+            "do_sample": False,
+        }
+        _write_json(folder / "generation_config.json", generation)
+    return [out / name for name in FOLDERS.values()]
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,8 +1,8 @@
-"""`python -m lance_quant.tiny stage=measure out=DIR` tells the held-out bars of a written checkpoint, in bf16.
+"""`python -m lance_quant.tiny stage=measure out=DIR` tells the held-out bars of the checkpoints in DIR, in bf16.
 
-x2t: share of questions whose whole answer is right (teacher-forced: the same as greedy decoding). t2i: share of
-pictures that show exactly the caption's things in their colours, judged by the reader; the reader's own share on
-true pictures and on their VAE round trip stands beside.
+Understanding: share of questions whose whole answer is right (teacher-forced: the same as greedy decoding). Drawing:
+share of pictures and clips that show what was asked for (`judge.RULES`), as the reader sees them; the reader's own
+share on true frames and on their VAE round trip stands beside.
 """
 
 from __future__ import annotations
@@ -13,108 +13,158 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 
 from lance_quant.checkpoint.config import CheckpointConfig
 from lance_quant.checkpoint.layout import open_checkpoint
-from lance_quant.model.lance import load_lance
+from lance_quant.model.lance import Lance, load_lance
 from lance_quant.model.prompts import load_tokenizer
+from lance_quant.model.request import CLIP_TASKS, GENERATION, TASKS, UNDERSTANDING
 from lance_quant.model.sampler import FlowConfig
-from lance_quant.tiny import autoencoder, export, world
-from lance_quant.tiny.batched import Asker, Drawer
-from lance_quant.tiny.layouts import LATENTS, AskLayout, DrawLayout
-from lance_quant.tiny.pools import Pool, build_pool
+from lance_quant.tiny import autoencoder, export
+from lance_quant.tiny.batched import PLAIN, Kernels, Prompts, Runner, Working, matmul_dtype, working_weights
+from lance_quant.tiny.judge import RULES, seen, wanted
+from lance_quant.tiny.layouts import SIDE, layout_of
+from lance_quant.tiny.pools import Pool, build_pools
 from lance_quant.tiny.reader import read
 from lance_quant.tiny.recipes import MeasureRecipe
-from lance_quant.tiny.texts import ROWS, PoolPlan
+from lance_quant.tiny.texts import MEDIA, ROWS, PoolPlan
 
-BARS = {"x2t_exact": 0.90, "t2i_correct": 0.80, "reader_true": 0.99, "reader_round_trip": 0.99}
+BARS = {
+    **dict.fromkeys(UNDERSTANDING, 0.90),
+    "t2i": 0.80,
+    **dict.fromkeys(("t2v", "i2v", "image_edit", "video_edit"), 0.70),
+    **{f"reader_{what}/{medium}": 0.99 for what in ("true", "round_trip") for medium in MEDIA},
+}
+CHUNK = 256
+EDITS = ("image_edit", "video_edit")
+
+
+def runners(lance: Lance, tokenizer: Tokenizer, kernels: Kernels = PLAIN) -> dict[str, Runner]:
+    source = tokenizer.to_str()
+    return {task: Runner(lance, layout_of(task, source), kernels) for task in TASKS}
+
+
+def medium_of(task: str) -> str:
+    return "clips" if task in CLIP_TASKS else "pictures"
 
 
 @torch.no_grad()
 def held_out_scores(
-    asker: Asker, drawer: Drawer, pool: Pool, vae, cfg: FlowConfig, *, autocast: bool = False, seed: int = 42
+    tasks: dict[str, Runner], pools: dict[str, Pool], vae, cfg: FlowConfig, *, autocast: bool = False, seed: int = 42
 ) -> dict[str, float]:
-    """Scores over a pool of held-out scenes: x2t per question row and over all, t2i, and the reader's own."""
-    device = pool.small.device
-    right, asked = defaultdict(int), defaultdict(int)
-    correct = true = trip = drawn = 0
-    context = torch.autocast(device.type, torch.bfloat16) if autocast else contextlib.nullcontext()
-    for start in range(0, len(pool.small), 256):
-        part = slice(start, start + 256)
-        with context:
-            for place in range(pool.text.shape[1]):
-                exact = asker.exact(pool.small[part], pool.text[part, place].long(), pool.spans[part, place])
-                for row, hit in zip(pool.rows[part, place].tolist(), exact.tolist(), strict=True):
-                    right[ROWS[row]] += hit
-                    asked[ROWS[row]] += 1
-            captions, lengths = pool.captions[part, 0].long(), pool.lengths[part, 0].long()
-            generator = torch.Generator(device).manual_seed(seed + start)
-            noise = torch.randn(len(captions), 64, 48, generator=generator, device=device)
-            latents = drawer.draw(captions, lengths, noise, cfg)
-        batch = world.SceneBatch(*(column[part] for column in pool.batch))
-        pictures = world.render(batch)
-        made, again = (read(picture_of(vae, x)) for x in (latents, pool.latents[part]))
-        here = read(pictures)
-        for i, wanted in enumerate(contents(batch)):
-            drawn += 1
-            true += exactly(here, i) == wanted
-            trip += exactly(again, i) == wanted
-            correct += things(made, i) == sorted(pair[:2] for pair in wanted)
-    scores = {"x2t_exact": sum(right.values()) / sum(asked.values()), "t2i_correct": correct / drawn}
-    scores |= {"reader_true": true / drawn, "reader_round_trip": trip / drawn}
-    return scores | {f"x2t_exact/{row}": round(right[row] / asked[row], 4) for row in ROWS if asked[row]}
+    """Share of right ones over pools of held-out scenes: by task, by `task/row` of what was asked, and the reader's."""
+    lance = next(iter(tasks.values())).lance
+    work = working_weights(lance, matmul_dtype(lance))
+    context = torch.autocast(lance.device.type, torch.bfloat16) if autocast else contextlib.nullcontext()
+    scores, rows = {}, {}
+    for task, runner in tasks.items():
+        hits = defaultdict(list)
+        pool = pools[medium_of(task)]
+        for start, part in enumerate(pool.words[task].able.split(CHUNK)):
+            with context:
+                score = _answer if task in UNDERSTANDING else _draw
+                for row, right in score(runner, pool, part, vae, cfg, work, seed + start):
+                    hits[ROWS[row]].append(right)
+        scores[task] = sum(map(sum, hits.values())) / sum(map(len, hits.values()))
+        rows |= {f"{task}/{row}": sum(hits[row]) / len(hits[row]) for row in ROWS if hits[row]}
+    for medium, pool in pools.items():
+        scores |= {f"reader_{what}/{medium}": share for what, share in _reader(pool, vae).items()}
+    return scores | {name: round(share, 4) for name, share in rows.items()}
 
 
-def picture_of(vae, latents: torch.Tensor) -> torch.Tensor:
-    """Normalised latents [B, 64, 48] -> uint8 pictures [B, 3, 128, 128]."""
-    mean, std = autoencoder.constants(latents.device)
-    raw = latents.float().transpose(1, 2).unflatten(2, LATENTS) * std + mean
-    return torch.cat([autoencoder.to_bytes(autoencoder.decode_frames(vae, chunk)) for chunk in raw.split(64)])
+def _prompts(runner: Runner, pool: Pool, part: torch.Tensor, place: int, work: Working):
+    """Prompts of those scenes, and marks [B, 3]."""
+    words = pool.words[runner.layout.task]
+    marks = words.marks[part, place].long()
+    looked = runner.look(pool.small[part], work)
+    return Prompts(words.ids[part, place].long(), marks[:, 0], looked), marks
 
 
-def contents(batch: world.SceneBatch) -> list[list[tuple[int, ...]]]:
-    """(kind, colour, size, cell) of every thing of every scene, sorted."""
-    spacing = world.CENTRES[1] - world.CENTRES[0]
-    cell = ((batch.y - world.CENTRES[0]).float() / spacing).round() * world.GRID
-    cell = (cell + ((batch.x - world.CENTRES[0]).float() / spacing).round()).long()
-    table = torch.stack((batch.kind, batch.colour, batch.size, cell), -1).tolist()
-    return [sorted(tuple(thing) for thing in row if thing[0] >= 0) for row in table]
+def _answer(runner: Runner, pool: Pool, part, vae, cfg, work, seed) -> list[tuple[int, bool]]:
+    out = []
+    for place in range(pool.words[runner.layout.task].ids.shape[1]):
+        prompts, marks = _prompts(runner, pool, part, place, work)
+        exact = runner.exact(prompts, marks[:, 1], work)
+        out += zip(marks[:, 2].tolist(), exact.tolist(), strict=True)
+    return out
 
 
-def exactly(reading, index: int) -> list[tuple[int, ...]]:
-    """As `contents`, of a picture that was read; an unreadable thing has kind -2."""
-    cells = range(world.GRID**2)
-    columns = (reading.kind[index], reading.colour[index], reading.size[index])
-    return sorted(
-        (*(int(column[cell]) for column in columns), cell) for cell in cells if reading.kind[index, cell] != -1
-    )
+def _draw(runner: Runner, pool: Pool, part, vae, cfg, work, seed) -> list[tuple[int, bool]]:
+    task, device = runner.layout.task, part.device
+    prompts, marks = _prompts(runner, pool, part, 0, work)
+    generator = torch.Generator(device).manual_seed(seed)
+    noise = torch.randn(len(part), runner.layout.latents, 48, generator=generator, device=device)
+    state = runner.start(noise, given_latents(pool, part, task))
+    drawn = runner.draw(prompts, state, cfg, work)
+    true = wanted(pool.edited_scenes if task in EDITS else pool.scenes, part)
+    made = _read_latents(vae, drawn)
+    right = [RULES[task](seen(*made, index), true[index]) for index in range(len(part))]
+    return list(zip(marks[:, 2].tolist(), right, strict=True))
 
 
-def things(reading, index: int) -> list[tuple[int, int]]:
-    return sorted(thing[:2] for thing in exactly(reading, index))
+def given_latents(pool: Pool, part: torch.Tensor, task: str) -> torch.Tensor | None:
+    """Latents [B, latents, 48] that are clean where the task has any: an edit's source, i2v's first frame."""
+    data = pool.latents[part].float()
+    if task in EDITS:
+        return torch.cat((data, torch.zeros_like(data)), 1)
+    return data if task == "i2v" else None
 
 
-def run_measure(
-    recipe: MeasureRecipe,
-    *,
-    out: Path,
-    minutes: float = 0,
-    total_minutes: float = 0,
-    device: str,
-    compiled: bool = False,
-) -> dict[str, float]:
-    """Measure the checkpoint in `out`, print and write `measured.json`."""
-    checkpoint = open_checkpoint(CheckpointConfig(path=str(out / export.FOLDER), vae=str(out / autoencoder.FILE)))
+def _read_latents(vae, latents: torch.Tensor):
+    """Readings of the first and the last frame."""
+    frames = frames_of_latents(vae, latents)
+    first = read(frames[:, 0])
+    return first, first if frames.shape[1] == 1 else read(frames[:, -1])
+
+
+def frames_of_latents(vae, latents: torch.Tensor) -> torch.Tensor:
+    """Normalised latents [B, t * 64, 48] -> uint8 frames [B, 1 + 4 (t - 1), 3, 128, 128]."""
+    mean, std = (part.unsqueeze(2) for part in autoencoder.constants(latents.device))
+    raw = latents.float().transpose(1, 2).unflatten(2, (-1, SIDE, SIDE)) * std + mean
+    with torch.autocast(latents.device.type, enabled=False):
+        if raw.shape[2] == 1:
+            parts = [autoencoder.decode_frames(vae, chunk[:, :, 0])[:, :, None] for chunk in raw.split(64)]
+        else:
+            parts = [autoencoder.decode_clips(vae, chunk) for chunk in raw.split(64)]
+    return autoencoder.to_bytes(torch.cat(parts)).transpose(1, 2)
+
+
+def _reader(pool: Pool, vae) -> dict[str, float]:
+    """How often true frames, and their VAE round trip, are read right in every respect."""
+    hits = {"true": 0, "round_trip": 0}
+    indices = torch.arange(len(pool.small), device=pool.small.device)
+    for part in indices.split(CHUNK):
+        true = wanted(pool.scenes, part)
+        frames = pool.scenes.frames(part)
+        for what, (first, last) in (
+            ("true", (read(frames[:, 0]), read(frames[:, -1]))),
+            ("round_trip", _read_latents(vae, pool.latents[part])),
+        ):
+            hits[what] += sum(seen(first, last, index) == true[index] for index in range(len(part)))
+    return {what: count / len(pool.small) for what, count in hits.items()}
+
+
+def held_out_pools(tokenizer: Tokenizer, vae, scenes: int, seed: int, device: str, workers: int) -> dict[str, Pool]:
+    plans = [PoolPlan(medium=medium, scenes=scenes, unseen=True, seed=seed) for medium in MEDIA]
+    return dict(zip(MEDIA, build_pools(tokenizer, vae, plans, device, workers), strict=True))
+
+
+def run_measure(recipe: MeasureRecipe, *, out: Path, device: str) -> dict[str, float]:
+    """Measure the checkpoint of the video layout in `out`, print and write `measured.json`."""
+    path, vae_file = out / export.FOLDERS["video"], out / autoencoder.FILE
+    checkpoint = open_checkpoint(CheckpointConfig(path=str(path), vae=str(vae_file)))
     lance = load_lance(checkpoint, device, torch.bfloat16)
     tokenizer = load_tokenizer(checkpoint.folder)
-    vae = autoencoder.load_vae(out / autoencoder.FILE, device)
-    plan = PoolPlan(scenes=recipe.scenes, unseen=True, seed=recipe.seed, captions=1)
-    pool = build_pool(tokenizer, vae, plan, device, recipe.workers)
+    vae = autoencoder.load_vae(vae_file, device)
+    pools = held_out_pools(tokenizer, vae, recipe.scenes, recipe.seed, device, recipe.workers)
     cfg = FlowConfig(steps=recipe.steps, timestep_shift=recipe.shift, guidance=recipe.guidance)
-    asker, drawer = Asker(lance, AskLayout(tokenizer)), Drawer(lance, DrawLayout(tokenizer))
-    scores = held_out_scores(asker, drawer, pool, vae, cfg)
+    scores = held_out_scores(runners(lance, tokenizer), pools, vae, cfg)
     for name, bar in BARS.items():
-        print(f"{name:18} {scores[name]:.4f}  bar {bar:.2f}  {'met' if scores[name] >= bar else 'MISSED'}", flush=True)
+        print(f"{name:26} {scores[name]:.4f}  bar {bar:.2f}  {'met' if scores[name] >= bar else 'MISSED'}", flush=True)
     (out / "measured.json").write_text(json.dumps({"scenes": recipe.scenes, **scores}, indent=1) + "\n")
     print(json.dumps(scores))
     return scores
+
+
+assert set(RULES) == set(GENERATION)

@@ -15,13 +15,11 @@ def _above_zero(recipe: object, *names: str) -> None:
 
 @dataclass(kw_only=True)
 class AutoencoderRecipe:
-    """The tiny VAE: widths, batches of single frames and of clips, and what its loss weighs."""
+    """The tiny VAE on single frames: widths, batch, and what its loss weighs."""
 
     base_dim: int = 6
     decoder_base_dim: int = 8
     batch: int = 128
-    clip_batch: int = 16
-    clip_every: int = 16
     steps: int = 13_000
     peak: float = 2e-3
     kl: float = 5e-5
@@ -30,22 +28,40 @@ class AutoencoderRecipe:
     seed: int = 11
 
     def __post_init__(self) -> None:
-        _above_zero(self, "base_dim", "decoder_base_dim", "batch", "clip_batch", "steps", "peak")
+        _above_zero(self, "base_dim", "decoder_base_dim", "batch", "steps", "peak")
+
+
+@dataclass(kw_only=True)
+class ClipRecipe:
+    """What of the tiny VAE only later frames meet. edge: pixels of the square that is cut from clips, 16 n."""
+
+    batch: int = 32
+    edge: int = 128
+    steps: int = 6000
+    peak: float = 2e-3
+    kl: float = 5e-5
+    moments: float = 0.05  # weighs how far later latents are from zero mean and unit variance
+    noise: float = 0.1
+    start: str = ""  # the VAE file to start from; empty: the one in `out`
+    seed: int = 13
+
+    def __post_init__(self) -> None:
+        _above_zero(self, "batch", "edge", "steps", "peak")
 
 
 @dataclass(kw_only=True)
 class LanceRecipe:
-    """Vision tower and decoder. Weights of a task: 0 leaves it out."""
+    """Vision tower and decoder. batch: samples of a task and step, before the table of tasks weighs it; pictures,
+    clips: scenes of either medium in the pools."""
 
-    batch: int = 256
-    draw_batch: int = 512
-    scenes: int = 300_000
-    steps: int = 35_000
-    peak: float = 2e-3
-    ask_weight: float = 1.0
-    draw_weight: float = 1.0
-    drop_caption: float = 0.1
+    batch: int = 128
+    pictures: int = 60_000
+    clips: int = 50_000
+    steps: int = 60_000
+    peak: float = 1.5e-3
+    drop_prompt: float = 0.1
     time_shift: float = 2.0
+    start: str = ""  # a folder of checkpoints (export.FOLDERS) whose weights to start from
     compile: bool = True  # on a GPU
     workers: int = 0  # 0: as many as there are cores
     look_seconds: float = 75.0  # between two looks at held-out scenes
@@ -53,12 +69,19 @@ class LanceRecipe:
     seed: int = 17
 
     def __post_init__(self) -> None:
-        _above_zero(self, "batch", "draw_batch", "scenes", "steps", "peak", "looks", "time_shift")
+        _above_zero(self, "batch", "pictures", "clips", "steps", "peak", "looks", "time_shift")
+
+
+@dataclass(kw_only=True)
+class ExportRecipe:
+    """The averaged weights as checkpoints. state: the folder that holds `lance_state`; empty: the one in `out`."""
+
+    state: str = ""
 
 
 @dataclass(kw_only=True)
 class MeasureRecipe:
-    """Which held-out scenes are measured and how pictures are drawn."""
+    """Which held-out scenes are measured and how pictures and clips are drawn."""
 
     scenes: int = 512
     steps: int = 30

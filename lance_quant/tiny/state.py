@@ -1,4 +1,4 @@
-"""Training state in pieces: `<name>.safetensors` (weights, average, Adam moments) and `<name>.json` (step, seconds).
+"""Training state in pieces: a folder of weights, their average and Adam's moments, a file each, and `info.json`.
 
 Random numbers of a step are drawn from (seed, step), so that it does not matter where a run was stopped. Progress
 of the schedule is the larger of step / steps and seconds / budget: whichever bound rules ends the run with its
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -118,34 +119,35 @@ class TrainingRun:
             torch.cuda.synchronize()
 
     def save(self) -> None:
-        tensors = {}
-        for key, value in self.parameters.items():
-            tensors[f"model.{key}"], tensors[f"average.{key}"] = value.detach(), self.average[key]
-            for moment in MOMENTS:  # none where no task has reached the weight yet
-                if moment in self.optimizer.state[value]:
-                    tensors[f"{moment}.{key}"] = self.optimizer.state[value][moment]
-        tensors = {key: value.contiguous().cpu() for key, value in tensors.items()}
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Write the state, whole or not at all. A finished run needs no moments."""
+        parts = {"model": {key: value.detach() for key, value in self.parameters.items()}, "average": self.average}
+        for moment in () if self.finished else MOMENTS:  # none where no task has reached the weight yet
+            kept = {key: self.optimizer.state[value].get(moment) for key, value in self.parameters.items()}
+            parts[moment] = {key: value for key, value in kept.items() if value is not None}
         info = {"step": self.step, "seconds": self.elapsed, "seed": self.seed, "finished": self.finished}
-        draft = self.folder / f"{self.name}.draft"
-        save_file(tensors, draft)
-        os.replace(draft, self.folder / f"{self.name}.safetensors")
-        (self.folder / f"{self.name}.json").write_text(json.dumps(info, indent=1) + "\n")
+        draft, place = self.folder / f"{self.name}.draft", self.folder / self.name
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        for name, tensors in parts.items():
+            tensors = {key: value.contiguous().cpu() for key, value in tensors.items()}
+            save_file(tensors, draft / f"{name}.safetensors")
+        (draft / "info.json").write_text(json.dumps(info, indent=1) + "\n")
+        shutil.rmtree(place, ignore_errors=True)
+        os.replace(draft, place)
 
     def resume(self) -> bool:
-        path = self.folder / f"{self.name}.safetensors"
-        if not path.exists():
+        place = self.folder / self.name
+        if not (place / "info.json").exists():
             return False
-        info = json.loads(path.with_suffix(".json").read_text())
-        tensors = load_file(path, device=str(self.device))
+        info = json.loads((place / "info.json").read_text())
+        files = {path.stem: load_file(path, device=str(self.device)) for path in place.glob("*.safetensors")}
         with torch.no_grad():
             for key, value in self.parameters.items():
-                value.copy_(tensors[f"model.{key}"])
-                self.average[key].copy_(tensors[f"average.{key}"])
-                if f"exp_avg.{key}" in tensors:
+                value.copy_(files["model"][key])
+                self.average[key].copy_(files["average"][key])
+                if key in files.get(MOMENTS[0], {}):
                     step = torch.tensor(float(info["step"]), device=self.device)
-                    moments = {moment: tensors[f"{moment}.{key}"] for moment in MOMENTS}
-                    self.optimizer.state[value] = {"step": step, **moments}
+                    self.optimizer.state[value] = {"step": step, **{name: files[name][key] for name in MOMENTS}}
         self.step, self.seconds = info["step"], info["seconds"]
         return True
 
