@@ -9,19 +9,13 @@ from prefect.cache_policies import NO_CACHE
 from lance_quant.awq.config import RecipeConfig
 from lance_quant.awq.limits import check_group_size
 from lance_quant.checkpoint.layout import Checkpoint, Target, open_checkpoint, targets
-from lance_quant.errors import LanceQuantError
 from lance_quant.evaluation.config import evaluated_tasks
-from lance_quant.model.config import SPATIAL_DOWNSAMPLE, LanceConfig
+from lance_quant.model.config import LanceConfig
 from tasks.config import RunConfig
 from tasks.stage import as_state
 from tasks.store import Artifact, Identity, Store
 
 REVISION = 1
-SHOWN = {  # a checkpoint's layout, which its choice in conf/checkpoint is called by -> how it shows
-    "image": "no vision tower, so it is an image model",
-    "video": "a vision tower, so it is a video model",
-    "text": "a decoder alone, so it is a text model",
-}
 
 
 @task(cache_policy=NO_CACHE)
@@ -52,31 +46,9 @@ def load(cfg: RunConfig) -> Artifact:
 def open_run(cfg: RunConfig) -> Checkpoint:
     """The run's checkpoint, once it is there and the other settings suit it. Raises LanceQuantError."""
     checkpoint = open_checkpoint(cfg.checkpoint)
-    check_layout(checkpoint)
-    check_picture_size(checkpoint)
     check_group_size(fixed_groups(cfg.recipe, checkpoint.config), cfg.group_size)
     evaluated_tasks(cfg.evaluation, checkpoint.layout)
     return checkpoint
-
-
-def check_layout(checkpoint: Checkpoint) -> None:
-    """Refuse an image model called video and the reverse; other names say nothing of the layout."""
-    if checkpoint.name in SHOWN and checkpoint.name != checkpoint.layout:
-        raise LanceQuantError(
-            f"{checkpoint.model_file} holds {SHOWN[checkpoint.layout]}: choose checkpoint={checkpoint.layout}, "
-            f"or give the {checkpoint.name} model's folder as checkpoint.path=..."
-        )
-
-
-def check_picture_size(checkpoint: Checkpoint) -> None:
-    """Refuse pictures whose latents are more than the position table has rows for."""
-    most = checkpoint.config.max_latent_size * SPATIAL_DOWNSAMPLE
-    for field, preset in (("image_edge", checkpoint.pictures), ("video_edge", checkpoint.clips)):
-        if preset.image_edge > most:
-            raise LanceQuantError(
-                f"checkpoint.{field}={preset.image_edge} is beyond the position table of {checkpoint.folder}: "
-                f"at most {most} pixels"
-            )
 
 
 def fixed_groups(recipe: RecipeConfig, config: LanceConfig) -> list[Target]:

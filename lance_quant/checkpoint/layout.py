@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lance_quant.checkpoint.config import CheckpointConfig
 from lance_quant.errors import LanceQuantError
-from lance_quant.model.config import LanceConfig
+from lance_quant.model.config import SPATIAL_DOWNSAMPLE, LanceConfig
 from lance_quant.model.request import CLIP_TASKS, TASKS
 from lance_quant.model.resolution import Preset
 
@@ -24,6 +24,11 @@ VIT_PREFIX = "vit_model."
 LAYOUT_TASKS = {"image": ("x2t_image", "t2i", "image_edit"), "video": TASKS, "text": ()}
 TIME_FREQUENCIES = 256  # width of the timestep sinusoid (Lance spec sec. 11), the same in every Lance
 
+SHOWN = {  # a checkpoint's layout, which its choice in conf/checkpoint is called by -> how it shows
+    "image": "no vision tower, so it is an image model",
+    "video": "a vision tower, so it is a video model",
+    "text": "a decoder alone, so it is a text model",
+}
 DECODER_PREFIX = "language_model."
 
 HUB = "https://huggingface.co/bytedance-research/Lance"
@@ -235,7 +240,7 @@ def open_checkpoint(cfg: CheckpointConfig) -> Checkpoint:
             [vit_folder / "vit.safetensors"],
             f"{vit_folder} holds no vit.safetensors: get the folder from {HUB} and give it as checkpoint.vit=...",
         )
-    return Checkpoint(
+    checkpoint = Checkpoint(
         name=cfg.name,
         layout=layout,
         folder=folder,
@@ -249,6 +254,29 @@ def open_checkpoint(cfg: CheckpointConfig) -> Checkpoint:
         clips=Preset(cfg.video_edge, cfg.video_vit_edge),
         frames=cfg.frames,
     )
+    check_name(checkpoint)
+    check_picture_size(checkpoint)
+    return checkpoint
+
+
+def check_name(checkpoint: Checkpoint) -> None:
+    """Refuse an image model called video and the reverse; other names say nothing of the layout."""
+    if checkpoint.name in SHOWN and checkpoint.name != checkpoint.layout:
+        raise LanceQuantError(
+            f"{checkpoint.model_file} holds {SHOWN[checkpoint.layout]}: choose checkpoint={checkpoint.layout}, "
+            f"or give the {checkpoint.name} model's folder as checkpoint.path=..."
+        )
+
+
+def check_picture_size(checkpoint: Checkpoint) -> None:
+    """Refuse pictures whose latents are more than the position table has rows for."""
+    most = checkpoint.config.max_latent_size * SPATIAL_DOWNSAMPLE
+    for field, preset in (("image_edge", checkpoint.pictures), ("video_edge", checkpoint.clips)):
+        if preset.image_edge > most:
+            raise LanceQuantError(
+                f"checkpoint.{field}={preset.image_edge} is beyond the position table of {checkpoint.folder}: "
+                f"at most {most} pixels"
+            )
 
 
 def layout_of(names: Sequence[str]) -> str:
