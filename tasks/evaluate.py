@@ -6,6 +6,7 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from lance_quant.calibration import BUNDLED_REVISION
 from lance_quant.checkpoint.layout import open_checkpoint
 from lance_quant.evaluation.config import evaluated_tasks
 from tasks.config import RunConfig, read_fields, sample_fields
@@ -64,5 +65,8 @@ def evaluate(cfg: RunConfig, loaded: Artifact, packed: Artifact, reference: Arti
 
 def measured_fields(cfg: RunConfig, loaded: Artifact) -> dict:
     """What shapes samples and scores; `tasks: auto` counts as the tasks that it stands for."""
-    tasks = evaluated_tasks(cfg.evaluation, loaded.summary["layout"])
-    return read_fields(cfg.evaluation) | sample_fields(cfg.checkpoint) | {"tasks": tasks}
+    settings = read_fields(cfg.evaluation) | sample_fields(cfg.checkpoint)
+    settings["tasks"] = evaluated_tasks(cfg.evaluation, loaded.summary["layout"])
+    if cfg.evaluation.source == "bundled":
+        settings |= {"bundled": BUNDLED_REVISION, "clip_frames": cfg.checkpoint.frames}
+    return settings
