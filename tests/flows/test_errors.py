@@ -20,7 +20,7 @@ MISTAKES = {
     "checkpoint.foo=1": "Key 'foo' not in 'CheckpointConfig'",
     "group_size=abc": "group_size=abc; Value 'abc' of type 'str' could not be converted to Integer",
     "bits=null": "'bits' is not Optional",
-    "checkpoint=imag": "Could not find 'checkpoint/imag'; Available options in 'checkpoint': image; tiny; video",
+    "checkpoint=imag": "Could not find 'checkpoint/imag'; Available options in 'checkpoint': image; text; tiny",
     "checkpoint=null": "checkpoint=null names no choice",
     "group_size=64,128": "add --multirun",
     "foo": "Error parsing override 'foo'",
