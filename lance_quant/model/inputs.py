@@ -30,7 +30,7 @@ def prepare(request: Request, tokenizer: Tokenizer, edges: Preset, vae: WanVAE |
     patches, vit_grid = vit_patches(vit_pixels(frames, edges.vit_edge)) if looks else (None, None)
     clean, target = None, None
     if task not in UNDERSTANDING:
-        clean = vae.encode(vae_pixels(frames, edges.image_edge)) if frames else None
+        clean = vae.encode(vae_pixels(frames, edges.image_edge)).cpu() if frames else None
         target = _target_grid(request, clean)
     sample = assemble(
         task,
