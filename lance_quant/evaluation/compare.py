@@ -136,7 +136,8 @@ class _Comparison:
         drawn = final[sample.denoised_rows()].cpu()
         row = {"name": request.name, "task": request.task, "prompt": request.prompt, "frames": len(after)}
         row |= {"latent_relative_l2": tensor_errors(kept["final"], drawn).relative_l2}
-        row |= asdict(clip_scores(before, after))
+        drawn_from = 1 if request.task == "i2v" else 0  # the first frame is given, and alike in both
+        row |= asdict(clip_scores(before[drawn_from:], after[drawn_from:]))
         for model, frames in (("baseline", before), ("int4", after)):
             row[f"correct_{model}"] = shows_what_was_asked(request, frames, self.job.evaluation.source)
         self.tables["pictures"].append(row)

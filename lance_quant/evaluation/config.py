@@ -15,9 +15,9 @@ class EvaluationConfig:
     """tasks: "auto" (all that the checkpoint's layout serves) or a list. samples: per task.
 
     source: "scenes" that Lance-tiny never trained on, or the "bundled" photographs, charts, texts and clips that
-    calibration leaves out. frames: of a clip at most, 4 n + 1; 0 leaves clips as they are. velocity_steps: steps of
-    the bf16 trajectory at which velocities are compared, evenly spread; 0 for all. steps, timestep_shift, guidance: of
-    the sampler, whose defaults are upstream's launcher's (Lance spec sec. 18).
+    calibration leaves out. frames: of a clip at most, 5, 9, 13 ...; 0 leaves clips as they are. velocity_steps: at how
+    many steps of the bf16 trajectory, evenly spread, velocities are compared; 0 for all. steps, timestep_shift,
+    guidance: of the sampler, whose defaults are upstream's launcher's (Lance spec sec. 18).
     """
 
     name: str = "default"
@@ -41,8 +41,10 @@ class EvaluationConfig:
         for name in ("samples", "max_new_tokens", "steps"):
             if getattr(self, name) < 1:
                 raise LanceQuantError(f"evaluation.{name}={getattr(self, name)} must be at least 1")
-        if self.frames and self.frames % 4 != 1:
-            raise LanceQuantError(f"evaluation.frames={self.frames} must be 4 n + 1, or 0 to leave clips as they are")
+        if self.frames and (self.frames < 5 or self.frames % 4 != 1):
+            raise LanceQuantError(
+                f"evaluation.frames={self.frames} must be 5, 9, 13 ..., or 0 to leave clips as they are"
+            )
         if self.velocity_steps < 0:
             raise LanceQuantError(f"evaluation.velocity_steps={self.velocity_steps} must be 0, for all steps, or more")
         if self.timestep_shift <= 0:

@@ -1,13 +1,14 @@
 """Which tasks run on which layout, what is refused, and how clips and trajectories are cut down."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
+from PIL import Image
 
 from lance_quant.errors import LanceQuantError
 from lance_quant.evaluation.config import EvaluationConfig, evaluated_tasks
-from lance_quant.evaluation.samples import evaluation_requests, velocity_steps
-from lance_quant.model.request import TASKS
+from lance_quant.evaluation.samples import evaluation_requests, shortened, velocity_steps
+from lance_quant.model.request import TASKS, Request
 from tests.random_checkpoint import random_checkpoint
 
 
@@ -33,7 +34,8 @@ def test_auto_is_what_the_layout_serves():
         ({"tasks": ["draw"]}, "evaluation.tasks has no 'draw'"),
         ({"tasks": ["t2i", "t2i"]}, "each task once"),
         ({"tasks": []}, "each task once"),
-        ({"frames": 8}, "evaluation.frames=8 must be 4 n"),
+        ({"frames": 8}, "evaluation.frames=8 must be 5, 9, 13"),
+        ({"frames": 1}, "evaluation.frames=1 must be 5, 9, 13"),
         ({"velocity_steps": -1}, "evaluation.velocity_steps=-1"),
         ({"steps": 0}, "evaluation.steps=0 must be at least 1"),
         ({"seed": -1}, "evaluation.seed=-1"),
@@ -55,5 +57,11 @@ def test_scenes_of_every_task_at_the_sizes_of_the_checkpoint(tmp_path):
     requests = evaluation_requests(checkpoint, EvaluationConfig(samples=1))
     assert [request.task for request in requests] == list(TASKS)
     assert {request.height for request in requests} == {0, checkpoint.pictures.image_edge}
-    clips = evaluation_requests(checkpoint, EvaluationConfig(samples=1, frames=1))
-    assert {len(request.video) for request in clips} == {0, 1} and {request.frames for request in clips} == {1}
+
+
+def test_clips_are_cut_short():
+    picture = Image.new("RGB", (8, 8))
+    request = Request(task="video_edit", name="a", prompt="", video=(picture,) * 13, target=(picture,) * 13, frames=13)
+    short = shortened(request, 5)
+    assert (len(short.video), len(short.target), short.frames) == (5, 5, 5)
+    assert shortened(replace(request, task="t2i", video=(), target=(picture,), frames=1), 5).frames == 1
