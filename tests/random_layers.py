@@ -6,13 +6,16 @@ import torch
 from safetensors.torch import save_file
 
 from lance_quant.awq.score import Evidence, evidence
+from lance_quant.awq.sequences import KeptSequence
 from lance_quant.calibration.activations import SiteActivations
 from lance_quant.checkpoint.layout import (
     NORMS,
     PATHS,
     SITES,
+    SUFFIX,
     Checkpoint,
     expected_shapes,
+    layer_prefix,
     layer_targets,
     norm_name,
 )
@@ -20,7 +23,9 @@ from lance_quant.model.config import LanceConfig
 from lance_quant.model.resolution import Preset
 
 
-def small_config(heads: int = 4, kv_heads: int = 2, bias: bool = True, layers: int = 1) -> LanceConfig:
+def small_config(
+    heads: int = 4, kv_heads: int = 2, bias: bool = True, layers: int = 1, qk_norm: bool = True
+) -> LanceConfig:
     raw = {
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -33,6 +38,7 @@ def small_config(heads: int = 4, kv_heads: int = 2, bias: bool = True, layers: i
         "rope_theta": 1e4,
         "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
         "attention_bias": bias,
+        "qk_norm": qk_norm,
         "max_latent_size": 4,
         "max_num_frames": 1,
         "eos_token_id": 1,
@@ -56,6 +62,9 @@ def random_layer(config: LanceConfig, layer: int = 0, seed: int = 0) -> dict[str
         for norm in NORMS:
             weight = 1 + 0.2 * torch.randn(config.hidden_size, generator=draw)
             tensors[f"{norm_name(layer, path, norm)}.weight"] = weight
+        for leaf in ("q_norm", "k_norm") if config.qk_norm else ():
+            weight = 1 + 0.2 * torch.randn(config.head_dim, generator=draw)
+            tensors[f"{layer_prefix(layer)}self_attn.{leaf}{SUFFIX[path]}.weight"] = weight
     return tensors
 
 
@@ -110,6 +119,26 @@ def random_sites(
             row_timesteps=torch.full((rows,), float("nan")),
         )
     return sites
+
+
+def random_sequences(config: LanceConfig, count: int = 3, seed: int = 2, outliers: float = 4.0) -> list[KeptSequence]:
+    """`count` questions of 24 tokens and as many pictures of 8 and 16; every 16th channel `outliers` times as large."""
+    draw = torch.Generator().manual_seed(seed)
+    size = torch.ones(config.hidden_size)
+    size[::16] = outliers
+    out = []
+    for index in range(2 * count):
+        states = (torch.randn(24, config.hidden_size, generator=draw) * size).to(torch.bfloat16)
+        latent = torch.zeros(24, dtype=torch.bool)
+        spans, task = ((0, 24, "causal"),), "x2t_image"
+        if index % 2:
+            latent[8:] = True
+            spans, task = ((0, 8, "causal"), (8, 24, "noise")), "t2i"
+        positions = torch.arange(24).expand(3, -1)
+        out.append(
+            KeptSequence(task=task, timestep=0.5, positions=positions, latent=latent, spans=spans, states=states)
+        )
+    return out
 
 
 def random_evidence(config: LanceConfig, layer: int = 0, **kwargs) -> Evidence:

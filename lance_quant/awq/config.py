@@ -7,6 +7,9 @@ from lance_quant.errors import LanceQuantError
 SCORINGS = ("none", "synthetic", "captured")
 FAMILIES = ("activation_over_weight", "activation")
 FOLD_NAMES = ("input_norm", "post_attention_norm", "up_down", "v_o")
+CLIP_NAMES = ("none", "linear", "group")
+ROUNDING_NAMES = ("nearest", "gptq", "learned")
+EVIDENCE = ("rows", "sequences")
 
 
 @dataclass(kw_only=True)
@@ -20,6 +23,14 @@ class RecipeConfig:
     source_bf16: round the source to bf16 before anything else.
     zero_in_range: stretch each group's range to include 0; bf16_scale_codes: compute codes against the stored scale.
     group_fallback: a linear that the group size does not divide takes the first of 128, 64, 32, 16, width that does.
+
+    evidence: what the inputs of a site are: "rows" that the capture drew, and those of its whole "sequences".
+    heldout: share of them that alpha, clip and compensation are judged by and that nothing is fitted to; 0: all.
+    clip: "none", one pair of shares for a "linear", or for each "group" of each row (`clip.CLIPS`); clip_steps: shares
+    tried of each end, from 1 down to clip_least.
+    rounding: in this order, each starting from the one before: "nearest", "gptq" (errors made up for by later columns;
+    damping: share of the mean second moment), "learned" (on the kept sequences: learned_steps steps of about
+    learned_tokens tokens; learned_rate, range_rate: first step of offsets, in codes, and of the ends of ranges).
     """
 
     name: str = "awq"
@@ -31,21 +42,62 @@ class RecipeConfig:
     zero_in_range: bool = True
     bf16_scale_codes: bool = True
     group_fallback: bool = False
+    evidence: list[str] = field(default_factory=lambda: ["rows"])
+    heldout: float = 0.0
+    clip: str = "none"
+    clip_steps: int = 8
+    clip_least: float = 0.65
+    rounding: list[str] = field(default_factory=lambda: ["nearest"])
+    damping: float = 0.01
+    learned_steps: int = 100
+    learned_tokens: int = 2048
+    learned_rate: float = 0.01
+    range_rate: float = 0.01
 
     def __post_init__(self) -> None:
-        one_of(f"recipe {self.name}: scoring", [self.scoring], SCORINGS)
-        one_of(f"recipe {self.name}: folds", self.folds, FOLD_NAMES)
-        one_of(f"recipe {self.name}: families", self.families, FAMILIES)
+        known = {"scoring": SCORINGS, "folds": FOLD_NAMES, "families": FAMILIES, "evidence": EVIDENCE}
+        known |= {"clip": CLIP_NAMES, "rounding": ROUNDING_NAMES}
+        for name, choices in known.items():
+            value = getattr(self, name)
+            one_of(f"recipe {self.name}: {name}", [value] if isinstance(value, str) else value, choices)
         if self.alphas < 2:
             raise LanceQuantError(f"recipe {self.name}: alphas={self.alphas} must be at least 2, the ends of 0..1")
         if self.scoring == "none" and self.folds:
             raise LanceQuantError(f"recipe {self.name}: folds need a scoring, 'synthetic' or 'captured', not 'none'")
         if self.scoring != "none" and not self.families:
             raise LanceQuantError(f"recipe {self.name}: families is empty; name at least one of {', '.join(FAMILIES)}")
+        self._check_rounding()
+
+    def _check_rounding(self) -> None:
+        if not self.rounding or self.rounding[0] == "learned" or len(set(self.rounding)) < len(self.rounding):
+            raise LanceQuantError(
+                f"recipe {self.name}: rounding={list(self.rounding)} must start from nearest or gptq, each named once"
+            )
+        if not self.evidence:
+            raise LanceQuantError(f"recipe {self.name}: evidence is empty; name at least one of {', '.join(EVIDENCE)}")
+        if self.scoring != "captured" and (self.clip != "none" or list(self.rounding) != ["nearest"]):
+            raise LanceQuantError(
+                f"recipe {self.name}: clip={self.clip} and rounding={list(self.rounding)} look at captured rows: set "
+                "scoring=captured (folds=[] for none)"
+            )
+        if not self.zero_in_range and self.clip != "none":
+            raise LanceQuantError(f"recipe {self.name}: clip={self.clip} keeps 0 in range: set zero_in_range=true")
+        between = {"heldout": (0, 0.5), "clip_least": (0.1, 1), "damping": (1e-6, 1e3)}
+        between |= {"learned_rate": (0, 0.5), "range_rate": (0, 0.5), "clip_steps": (2, 64)}
+        between |= {"learned_steps": (1, 1e5), "learned_tokens": (1, 1e7)}
+        for name, (low, high) in between.items():
+            if not low <= getattr(self, name) <= high:
+                raise LanceQuantError(
+                    f"recipe {self.name}: {name}={getattr(self, name)} must lie between {low:g} and {high:g}"
+                )
 
     @property
     def needs_capture(self) -> bool:
         return self.scoring != "none"
+
+    @property
+    def needs_sequences(self) -> bool:
+        return "sequences" in self.evidence or "learned" in self.rounding
 
 
 def one_of(what: str, values: list[str], known: tuple[str, ...]) -> None:

@@ -1,77 +1,66 @@
 """`search_layer`: one layer, both paths: read its weights, search a scale for each fold, fold, round, write.
 
-1. read    the layer's linears, biases and norms, by name, from the source file
+1. read    the layer's linears, biases and norms, by name, from the source file; what its inputs were, from the capture
 2. search  for each fold, every (family, alpha); the first strict minimum of the recipe's score wins, identity included
 3. fold    into the tensors at once, so that later folds see what earlier ones did
-4. round   every linear to the recipe's grid
-5. write   layer.safetensors, losses.parquet, linears.parquet
+4. round   every linear to the recipe's grid: to nearest, and then by the recipe's further ingredients (`refine.py`)
+5. write   layer.safetensors, losses.parquet, linears.parquet, ingredients.parquet (`artifact.py`)
 
 Layers know nothing of each other: any number of workers gives the same bytes.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf, sqrt
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from lance_quant.awq.artifact import (
+    IDENTITY,
+    INGREDIENTS,
+    LAYER_FILE,
+    LINEARS,
+    LINEARS_FILE,
+    FoundScale,
+    LayerResult,
+    LayerSummary,
+    Trial,
+    write_layer,
+)
+from lance_quant.awq.block import Block
 from lance_quant.awq.config import RecipeConfig
-from lance_quant.awq.grid import Grid, Rounded, grid_of, quantize
-from lance_quant.awq.limits import PACKED_BITS, check_bits, check_group_size, fallback_group
+from lance_quant.awq.grid import Grid, grid_of, quantize
+from lance_quant.awq.limits import check_bits, check_group_size, fallback_group
+from lance_quant.awq.moments import Split, split_rows
+from lance_quant.awq.refine import Refinement, Stage, refine
+from lance_quant.awq.rounding import draft
 from lance_quant.awq.score import SCORES, Evidence, OutputError, evidence, mean_activation
+from lance_quant.awq.sequences import read_sequences
 from lance_quant.awq.topology import ResolvedFold, apply, resolve
-from lance_quant.calibration.activations import read_layer
-from lance_quant.checkpoint.layout import NORMS, PATHS, Checkpoint, Target, layer_targets, norm_name
-from lance_quant.checkpoint.native import FOLDED, PLAIN, UNSEEN, pack_nibbles
+from lance_quant.calibration.activations import SiteActivations, read_layer
+from lance_quant.checkpoint.layout import (
+    NORMS,
+    PATHS,
+    SUFFIX,
+    Checkpoint,
+    Target,
+    layer_prefix,
+    layer_targets,
+    norm_name,
+)
+from lance_quant.checkpoint.native import FOLDED, PLAIN, UNSEEN
 from lance_quant.checkpoint.reader import TensorReader
-from lance_quant.checkpoint.writer import TensorSpec, TensorWriter
 from lance_quant.errors import LanceQuantError
 
-LAYER_FILE = "layer.safetensors"
-LOSSES_FILE = "losses.parquet"
-LINEARS_FILE = "linears.parquet"
-IDENTITY = "identity"  # the family of the scale that is 1 everywhere
-
-LOSSES = pa.schema(
-    [
-        ("layer", pa.int32()),
-        ("path", pa.string()),
-        ("fold", pa.string()),
-        ("family", pa.string()),
-        ("alpha", pa.float64()),
-        ("loss", pa.float64()),
-        ("chosen", pa.bool_()),
-    ]
-)
-LINEARS = pa.schema(
-    [
-        ("layer", pa.int32()),
-        ("path", pa.string()),
-        ("name", pa.string()),
-        ("site", pa.string()),
-        ("scheme", pa.string()),
-        ("group_size", pa.int32()),
-        ("bits", pa.int32()),
-        ("out_features", pa.int32()),
-        ("in_features", pa.int32()),
-        ("fold", pa.string()),  # whose scale its columns carry; null where none
-        ("family", pa.string()),
-        ("alpha", pa.float64()),
-        ("error_kind", pa.string()),  # "output": relative L2 on captured rows, each task alike; "weight": relative L2
-        ("error_before", pa.float64()),  # rounded without any fold
-        ("error_after", pa.float64()),
-    ]
-)
+__all__ = ["INGREDIENTS", "LAYER_FILE", "LINEARS", "LINEARS_FILE", "LayerJob", "search_layer"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerJob:
     """One unit of search. capture: the capture artifact's folder, None for recipes that need none.
 
-    seed: for recipes that draw; those that ship draw nothing of their own.
+    seed: of the order in which learned rounding sees the kept sequences; the other ingredients draw nothing.
     """
 
     checkpoint: Checkpoint
@@ -83,45 +72,22 @@ class LayerJob:
     seed: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerSummary:
-    """error_before, error_after: means over the layer's linears, as in linears.parquet. bytes: of layer.safetensors."""
-
-    layer: int
-    linears: int
-    folded: int
-    error_before: float
-    error_after: float
-    bytes: int
-
-
 @dataclass(frozen=True)
-class Trial:
-    """One candidate scale of a fold and its score."""
+class Inputs:
+    """What is known of a layer's inputs: evidence that choices are made by, rows that rounding makes up for, sequences.
 
-    family: str
-    alpha: float
-    loss: float
+    counts: (task, path) -> what it counts.
+    """
 
+    judged: Evidence = field(default_factory=Evidence)
+    splits: dict[tuple[str, str], Split] = field(default_factory=dict)
+    counts: dict[tuple[str, str], float] = field(default_factory=dict)
+    block: Block | None = None
 
-@dataclass(frozen=True)
-class FoundScale:
-    """What the search of one fold found; scale float32, one value per producer channel."""
-
-    fold: ResolvedFold
-    scale: Tensor
-    best: Trial
-    trials: list[Trial]
-
-
-@dataclass
-class LayerResult:
-    """A searched and rounded layer. norms and biases: those that a fold changed, bf16, keyed as in the source file."""
-
-    rounded: dict[str, Rounded] = field(default_factory=dict)
-    folded_tensors: dict[str, Tensor] = field(default_factory=dict)
-    found: list[FoundScale] = field(default_factory=list)
-    linears: list[dict] = field(default_factory=list)
+    @classmethod
+    def of(cls, known: Evidence) -> "Inputs":
+        """Rows alone, none held out."""
+        return cls(known, {key: Split(rows, rows) for key, rows in known.rows.items()})
 
 
 def scale_of(family: str, alpha: float, activation: Tensor, weight: Tensor) -> Tensor:
@@ -166,36 +132,36 @@ def search_fold(
 
 
 def quantize_layer(
-    tensors: dict[str, Tensor], folds: list[ResolvedFold], known: Evidence, job: LayerJob
+    tensors: dict[str, Tensor], folds: list[ResolvedFold], known: Evidence | Inputs, job: LayerJob
 ) -> LayerResult:
     """Search, fold and round one layer.
 
     tensors: source key -> float32, on the device; left as they are. Returns everything that is written.
     """
+    inputs = Inputs.of(known) if isinstance(known, Evidence) else known
     targets = layer_targets(job.checkpoint.config, job.layer)
-    source, tensors = tensors, dict(tensors)
-    result = LayerResult()
+    source, tensors, result = tensors, dict(tensors), LayerResult()
     for fold in folds:
-        if any(target.name in known.mean_abs for target in fold.consumers):
+        if any(target.name in inputs.judged.mean_abs for target in fold.consumers):
             grid = grid_of(job.recipe, job.bits, job.group_size)
             check_group_size(fold.consumers, job.group_size)  # the published search does not fall back here either
-            found = search_fold(fold, tensors, known, job.recipe, grid)
+            found = search_fold(fold, tensors, inputs.judged, job.recipe, grid)
             result.found.append(found)
             if found.best.family != IDENTITY:
                 apply(fold, tensors, found.scale)
-    scales = {target.name: found for found in result.found for target in found.fold.consumers}
+    drafts = {target.name: draft(tensors[f"{target.name}.weight"], target_grid(target, job)) for target in targets}
+    work = refinement(source, tensors, result, inputs, job)
+    stages = refine(work, drafts)
     for target in targets:
-        group = job.group_size
-        if job.recipe.group_fallback:
-            group = fallback_group(target.in_features, job.group_size)
-        grid = grid_of(job.recipe, job.bits, group)
-        rounded = quantize(tensors[f"{target.name}.weight"], grid)
-        result.rounded[target.name] = rounded
+        result.rounded[target.name] = stages[-1][1][target.name].rounded()
         wanted = any(target in fold.consumers for fold in folds)
-        result.linears.append(
-            describe(target, source[f"{target.name}.weight"], rounded, grid, result.found, known)
-            | {"scheme": scheme(scales.get(target.name), wanted)}
-        )
+        describe(target, stages, work, result, wanted)
+    if work.losses:
+        result.ingredients += [
+            {"layer": job.layer, "path": "both", "name": "layer", "ingredient": ingredient}
+            | {"error_kind": "output", "error": sqrt(loss)}
+            for ingredient, loss in work.losses.items()
+        ]
     weights = {f"{target.name}.weight" for target in targets}
     result.folded_tensors = {
         key: tensor.to(torch.bfloat16)
@@ -205,52 +171,87 @@ def quantize_layer(
     return result
 
 
+def target_grid(target: Target, job: LayerJob) -> Grid:
+    group = job.group_size
+    if job.recipe.group_fallback:
+        group = fallback_group(target.in_features, job.group_size)
+    return grid_of(job.recipe, job.bits, group)
+
+
+def refinement(
+    source: dict[str, Tensor], folded: dict[str, Tensor], result: LayerResult, inputs: Inputs, job: LayerJob
+) -> Refinement:
+    """What the ingredients after nearest work with."""
+    targets = layer_targets(job.checkpoint.config, job.layer)
+    columns, rows = {}, {}
+    for target in targets:
+        weight = source[f"{target.name}.weight"]
+        columns[target.name] = torch.ones(target.in_features, device=weight.device)
+        rows[target.name] = torch.ones(target.out_features, device=weight.device)
+    for found in result.found:
+        for target in found.fold.consumers:
+            columns[target.name] = columns[target.name] * found.fold.widen(found.scale)
+        for producer in set(found.fold.producers) & set(rows):
+            rows[producer] = rows[producer] * found.scale
+    return Refinement(
+        targets=targets,
+        recipe=job.recipe,
+        seed=job.seed * 1_000_003 + job.layer,
+        source=source,
+        folded=folded,
+        columns=columns,
+        rows=rows,
+        splits=inputs.splits,
+        counts=inputs.counts,
+        block=inputs.block,
+    )
+
+
 def scheme(found: FoundScale | None, wanted: bool) -> str:
     if found is None:
         return UNSEEN if wanted else PLAIN
     return PLAIN if found.best.family == IDENTITY else FOLDED
 
 
-def unfold(target: Target, weight: Tensor, found: list[FoundScale]) -> Tensor:
-    """A folded weight as it acts in the unfolded layer."""
-    for each in found:
-        if target in each.fold.consumers:
-            weight = weight / each.fold.widen(each.scale)
-        if target.name in each.fold.producers:
-            weight = weight * each.scale[:, None]
-    return weight
-
-
-def describe(
-    target: Target, weight: Tensor, rounded: Rounded, grid: Grid, found: list[FoundScale], known: Evidence
-) -> dict:
-    """A row of linears.parquet, the scheme aside."""
-    after = unfold(target, rounded.dequantize(), found)
-    columns = next((each for each in found if target in each.fold.consumers), None)
-    before = quantize(weight, grid).dequantize()
-    site = known.rows_of(target)
-    if site is None:
+def describe(target: Target, stages: list[Stage], work: Refinement, result: LayerResult, wanted: bool) -> None:
+    """A linear's row of linears.parquet and its rows of ingredients.parquet."""
+    weight, grid = work.weight(target), stages[0][1][target.name].grid
+    split = work.splits.get((target.path, target.site))
+    if split is None:
         norm = weight.norm().clamp(min=1e-30)
-        errors = [((value - weight).norm() / norm).item() for value in (before, after)]
+        error = lambda change: (change.norm() / norm).item()  # noqa: E731
     else:
-        error = OutputError(weight, site)
-        errors = [sqrt(error(value - weight)) for value in (before, after)]
-    return {
-        "layer": target.layer,
-        "path": target.path,
-        "name": target.name,
-        "site": target.site,
-        "group_size": grid.group_size,
-        "bits": grid.bits,
-        "out_features": target.out_features,
-        "in_features": target.in_features,
-        "fold": columns and columns.fold.fold.name,
-        "family": columns and columns.best.family,
-        "alpha": columns and columns.best.alpha,
-        "error_kind": "weight" if site is None else "output",
-        "error_before": errors[0],
-        "error_after": errors[1],
-    }
+        squared = OutputError(weight, split.judge)
+        error = lambda change: sqrt(squared(change))  # noqa: E731
+    kind = "weight" if split is None else "output"
+    errors = {"minmax": error(quantize(weight, grid).dequantize() - weight)}
+    for ingredient, drafts in stages:
+        errors[ingredient] = error(work.unfolded(target, drafts[target.name].weight()) - weight)
+    found = next((each for each in result.found if target in each.fold.consumers), None)
+    low, high = work.clips.get(target.name, (None, None))
+    place = {"layer": target.layer, "path": target.path, "name": target.name}
+    result.linears.append(
+        place
+        | {
+            "site": target.site,
+            "scheme": scheme(found, wanted),
+            "group_size": grid.group_size,
+            "bits": grid.bits,
+            "out_features": target.out_features,
+            "in_features": target.in_features,
+            "fold": found and found.fold.fold.name,
+            "family": found and found.best.family,
+            "alpha": found and found.best.alpha,
+            "clip_low": low,
+            "clip_high": high,
+            "error_kind": kind,
+            "error_before": errors["minmax"],
+            "error_after": errors[stages[-1][0]],
+        }
+    )
+    result.ingredients += [
+        place | {"ingredient": ingredient, "error_kind": kind, "error": value} for ingredient, value in errors.items()
+    ]
 
 
 def read_tensors(job: LayerJob, device: str) -> dict[str, Tensor]:
@@ -260,6 +261,9 @@ def read_tensors(job: LayerJob, device: str) -> dict[str, Tensor]:
     keys = [f"{target.name}.weight" for target in targets]
     keys += [f"{target.name}.bias" for target in targets if target.bias]
     keys += [f"{norm_name(job.layer, path, norm)}.weight" for path in PATHS for norm in NORMS]
+    if job.recipe.needs_sequences and config.qk_norm:
+        prefix = f"{layer_prefix(job.layer)}self_attn."
+        keys += [f"{prefix}{leaf}{SUFFIX[path]}.weight" for path in PATHS for leaf in ("q_norm", "k_norm")]
     tensors = {}
     with TensorReader(job.checkpoint.model_file) as reader:
         for key in keys:
@@ -273,7 +277,41 @@ def read_tensors(job: LayerJob, device: str) -> dict[str, Tensor]:
     return tensors
 
 
-@torch.inference_mode()
+def read_inputs(job: LayerJob, tensors: dict[str, Tensor], device: str) -> Inputs:
+    """What the recipe looks at of the layer's capture. Raises LanceQuantError where wanted sequences are missing."""
+    recipe = job.recipe
+    sites = read_layer(job.capture, job.layer)
+    block = None
+    if recipe.needs_sequences:
+        sequences = read_sequences(job.capture, job.layer)
+        if not sequences:
+            raise LanceQuantError(
+                f"recipe {recipe.name} runs kept sequences and the capture has none: set calibration.sequences=2"
+            )
+        block = Block(job.checkpoint.config, job.layer, sequences, device)
+    if recipe.evidence == ["rows"]:
+        return gather(job, sites, block, device)
+    computed = block.site_rows(tensors)
+    whole = {}
+    for key, site in sites.items():
+        rows, tasks = computed.get(key, (site.rows[:0].float(), []))
+        rows = rows.cpu().to(torch.bfloat16)
+        if "rows" in recipe.evidence and len(site.rows):
+            rows, tasks = torch.cat([site.rows, rows]) if len(rows) else site.rows, [*site.row_tasks, *tasks]
+        whole[key] = replace(site, rows=rows, row_tasks=tasks)
+    return gather(job, whole, block, device)
+
+
+def gather(job: LayerJob, sites: dict[tuple[str, str], SiteActivations], block: Block | None, device: str) -> Inputs:
+    targets = layer_targets(job.checkpoint.config, job.layer)
+    known = evidence(sites, targets, by_token=job.recipe.scoring == "synthetic", device=device)
+    splits = {key: split_rows(rows, job.recipe.heldout) for key, rows in known.rows.items()}
+    judged = Evidence(known.mean_abs, {key: split.judge for key, split in splits.items()})
+    counts = {(task, key[0]): weight for key, site in sites.items() for task, weight in site.weights.items()}
+    return Inputs(judged, splits, counts, block)
+
+
+@torch.no_grad()
 def search_layer(job: LayerJob, out: Path, device: str) -> LayerSummary:
     """Search and round one layer into the empty folder `out`; holds about one layer.
 
@@ -284,49 +322,9 @@ def search_layer(job: LayerJob, out: Path, device: str) -> LayerSummary:
     targets = layer_targets(job.checkpoint.config, job.layer)
     if not job.recipe.group_fallback:
         check_group_size(targets, job.group_size)
-    known = Evidence()
-    if job.capture is not None:
-        sites = read_layer(job.capture, job.layer)
-        known = evidence(sites, targets, by_token=job.recipe.scoring == "synthetic", device=device)
-    elif job.recipe.needs_capture:
+    if job.capture is None and job.recipe.needs_capture:
         raise LanceQuantError(f"recipe {job.recipe.name} scores captured activations: give search a capture artifact")
+    tensors = read_tensors(job, device)
+    inputs = read_inputs(job, tensors, device) if job.capture is not None else Inputs()
     folds = resolve(job.checkpoint.config, job.layer, job.recipe.folds)
-    result = quantize_layer(read_tensors(job, device), folds, known, job)
-    return write_layer(job, result, out)
-
-
-def write_layer(job: LayerJob, result: LayerResult, out: Path) -> LayerSummary:
-    tensors = dict(result.folded_tensors)
-    tensors |= {f"scale.{found.fold.name}": found.scale for found in result.found}
-    for name, rounded in result.rounded.items():
-        codes = pack_nibbles(rounded.codes) if job.bits <= PACKED_BITS else rounded.codes
-        tensors |= {f"{name}.qweight": codes, f"{name}.scales": rounded.scales, f"{name}.zeros": rounded.zeros}
-    words = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
-    specs = [TensorSpec(key, words[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()]
-    with TensorWriter(out / LAYER_FILE, specs) as writer:
-        for spec in writer.specs:
-            writer.write(spec.name, tensors[spec.name])
-    losses = [
-        {
-            "layer": job.layer,
-            "path": found.fold.path,
-            "fold": found.fold.fold.name,
-            "family": trial.family,
-            "alpha": trial.alpha,
-            "loss": trial.loss,
-            "chosen": trial is found.best,
-        }
-        for found in result.found
-        for trial in found.trials
-    ]
-    pq.write_table(pa.Table.from_pylist(losses, LOSSES), out / LOSSES_FILE)
-    pq.write_table(pa.Table.from_pylist(result.linears, LINEARS), out / LINEARS_FILE)
-    count = len(result.linears)
-    return LayerSummary(
-        layer=job.layer,
-        linears=count,
-        folded=sum(row["scheme"] == FOLDED for row in result.linears),
-        error_before=sum(row["error_before"] for row in result.linears) / count,
-        error_after=sum(row["error_after"] for row in result.linears) / count,
-        bytes=(out / LAYER_FILE).stat().st_size,
-    )
+    return write_layer(job.layer, job.bits, quantize_layer(tensors, folds, inputs, job), out)

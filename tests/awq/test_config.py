@@ -10,7 +10,7 @@ from lance_quant.errors import LanceQuantError
 RECIPES = Path(__file__).parents[2] / "conf" / "recipe"
 
 
-@pytest.mark.parametrize("name", ["minmax", "published", "awq"])
+@pytest.mark.parametrize("name", ["minmax", "published", "awq", "fast", "best"])
 def test_each_recipe_that_ships_says_every_field(name):
     fields = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     assert RecipeConfig(**fields).name == name

@@ -190,7 +190,8 @@ def searched(tmp_path, monkeypatch, recipe=AWQ, name="out", sites=None, **change
 
 def test_the_artifact(tmp_path, monkeypatch):
     out, summary = searched(tmp_path, monkeypatch)
-    assert sorted(path.name for path in out.iterdir()) == ["layer.safetensors", "linears.parquet", "losses.parquet"]
+    names = ["ingredients.parquet", "layer.safetensors", "linears.parquet", "losses.parquet"]
+    assert sorted(path.name for path in out.iterdir()) == names
     tensors = load_file(out / "layer.safetensors")
     names = [target.name for target in targets(small_config())]
     parts = {f"{name}.{part}" for name in names for part in ("qweight", "scales", "zeros")}

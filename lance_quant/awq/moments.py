@@ -1,0 +1,59 @@
+"""`Moments`: second moments of what a site reads, in the folded layer's own terms, one matrix for all its linears.
+
+Tasks weigh in by the energy of the linears' outputs, as in `score.OutputError`: the mean over the site's linears.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lance_quant.awq.score import ROW_BLOCK, TINY, SiteRows
+
+
+@dataclass(frozen=True)
+class Split:
+    """A site's rows: `fit`, what rounding makes up for, and `judge`, what choices are made by; without a split all."""
+
+    fit: SiteRows
+    judge: SiteRows
+
+
+def split_rows(rows: SiteRows, heldout: float) -> Split:
+    """Every 1/heldout-th row of a task is held out; of a task with fewer rows than that, none."""
+    if not heldout:
+        return Split(rows, rows)
+    every = round(1 / heldout)
+    held = torch.zeros_like(rows.task, dtype=torch.bool)
+    for task in range(rows.tasks):
+        at = (rows.task == task).nonzero().squeeze(1)
+        held[at[every - 1 :: every]] = True
+        if len(at) < every:
+            return Split(rows, rows)
+    return Split(taken(rows, ~held), taken(rows, held))
+
+
+def taken(rows: SiteRows, which: Tensor) -> SiteRows:
+    return SiteRows(rows.rows[which], rows.task[which], rows.tasks, rows.weights)
+
+
+def task_shares(weights: Sequence[Tensor], rows: SiteRows) -> Tensor:
+    """float64 [tasks]: what a squared output of each task counts, the mean over linears of one input [O, I]."""
+    counts = torch.tensor(rows.weights or (1.0,) * rows.tasks, dtype=torch.float64, device=rows.rows.device)
+    shares = torch.zeros_like(counts)
+    for weight in weights:
+        per_row = torch.cat([(block @ weight.T).square().sum(-1) for block in rows.rows.split(ROW_BLOCK)]).double()
+        energy = torch.stack([per_row[rows.task == task].sum() for task in range(rows.tasks)])
+        shares += counts / (counts.sum() * energy.clamp(min=TINY)) / len(weights)
+    return shares
+
+
+def second_moments(weights: Sequence[Tensor], rows: SiteRows, columns: Tensor) -> Tensor:
+    """float32 [I, I] of rows / columns, for linears with source weights `weights` [O, I] each.
+
+    columns: float32 [I], what folds multiplied the linears' columns by.
+    """
+    share = task_shares(weights, rows)[rows.task].sqrt().float()
+    weighted = rows.rows * share[:, None] / columns
+    return weighted.T @ weighted

@@ -1,0 +1,126 @@
+"""`refine`: from folded weights to drafts, ingredient by ingredient: nearest, clip, compensation, learned rounding.
+
+Each takes the drafts of the one before. Sites that calibration did not reach stay rounded to nearest.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lance_quant.awq.block import Block
+from lance_quant.awq.clip import CLIPS
+from lance_quant.awq.compensate import compensate
+from lance_quant.awq.config import RecipeConfig
+from lance_quant.awq.learn import Learning, learn
+from lance_quant.awq.moments import Split, second_moments
+from lance_quant.awq.rounding import Draft, rows_of, stacked
+from lance_quant.awq.score import OutputError
+from lance_quant.checkpoint.layout import Target
+
+
+@dataclass
+class Refinement:
+    """A folded layer on its way to codes.
+
+    source, folded: source key -> float32; columns: linear -> what folds multiplied its columns by [I], rows: its rows
+    [O]; splits: (path, site) -> captured inputs; counts: (task, path) -> what it counts; block: None without kept
+    sequences. clips: linear -> mean shares of its ends that are kept; losses: of the whole layer on its kept sequences.
+    """
+
+    targets: list[Target]
+    recipe: RecipeConfig
+    seed: int
+    source: dict[str, Tensor]
+    folded: dict[str, Tensor]
+    columns: dict[str, Tensor]
+    rows: dict[str, Tensor]
+    splits: dict[tuple[str, str], Split]
+    counts: dict[tuple[str, str], float]
+    block: Block | None
+    clips: dict[str, tuple[float, float]] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+
+    def sites(self) -> list[tuple[Split, list[Target]]]:
+        """Captured inputs with the linears that read them."""
+        return [
+            (split, [target for target in self.targets if (target.path, target.site) == key])
+            for key, split in self.splits.items()
+        ]
+
+    def weight(self, target: Target) -> Tensor:
+        return self.source[f"{target.name}.weight"]
+
+    def moments(self, rows, linears: list[Target]) -> Tensor:
+        return second_moments([self.weight(target) for target in linears], rows, self.columns[linears[0].name])
+
+    def unfolded(self, target: Target, weight: Tensor) -> Tensor:
+        """A folded weight as it acts in the unfolded layer."""
+        return weight / self.columns[target.name] * self.rows[target.name][:, None]
+
+
+Stage = tuple[str, dict[str, Draft]]  # an ingredient and what all linears are after it
+
+
+def refine(work: Refinement, drafts: dict[str, Draft]) -> list[Stage]:
+    """All ingredients of the recipe in order; `drafts` (linear -> draft) are rounded to nearest."""
+    stages = [("folds" if work.recipe.folds else "minmax", drafts)]
+    if work.recipe.clip != "none":
+        stages.append(("clip", clipped(work, drafts)))
+    for name in work.recipe.rounding:
+        if name in ROUNDINGS:
+            stages.append((name, ROUNDINGS[name](work, stages[-1][1])))
+    return stages
+
+
+def clipped(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:
+    clip, made = CLIPS[work.recipe.clip], dict(drafts)
+    for split, linears in work.sites():
+        moments = work.moments(split.judge, linears)
+        for target in linears:
+            made[target.name], below, above = clip(drafts[target.name], moments, work.recipe)
+            work.clips[target.name] = (below, above)
+    return made
+
+
+def compensated(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:
+    """Linears of a site together; one whose outputs are no closer by it stays as it was."""
+    made = dict(drafts)
+    for split, linears in work.sites():
+        together = stacked([drafts[target.name] for target in linears])
+        together = compensate(together, work.moments(split.fit, linears), work.recipe.damping)
+        start = 0
+        for target in linears:
+            trial = rows_of(together, start, start + target.out_features)
+            start += target.out_features
+            error = OutputError(work.weight(target), split.judge)
+            was, is_ = (
+                error(work.unfolded(target, one.weight()) - work.weight(target)) for one in (drafts[target.name], trial)
+            )
+            if is_ < was:
+                made[target.name] = trial
+    return made
+
+
+def learned(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:
+    if work.block is None:
+        return drafts
+    names = {f"{target.name}.weight" for target in work.targets}
+    stored = {
+        key: value if key in names else value.to(torch.bfloat16).float()
+        for key, value in work.folded.items()
+    }  # fmt: skip
+    job = Learning(
+        block=work.block,
+        source=work.source,
+        folded=stored,
+        counts=work.counts,
+        recipe=work.recipe,
+        seed=work.seed,
+    )
+    before = work.recipe.rounding[work.recipe.rounding.index("learned") - 1]
+    drafts, work.losses[before], work.losses["learned"] = learn(job, drafts)
+    return drafts
+
+
+ROUNDINGS = {"gptq": compensated, "learned": learned}  # "nearest" is where all drafts start
