@@ -8,6 +8,7 @@ The whole model is never there. Device memory holds two layers, the hidden state
 its largest forward; `calibration.memory_gb` bounds it (an 8 GB card: 7.5), and the bytes written do not depend on it.
 """
 
+import gc
 import os
 import time
 from collections import defaultdict
@@ -72,7 +73,9 @@ def capture(
     tell = progress or (lambda done, total, what: None)
     tasks = calibrated_tasks(cfg, checkpoint.layout)
     jobs = prepare_jobs(checkpoint, cfg, device, tell)
+    let_go(device)
     look(jobs, checkpoint, device, tell)
+    let_go(device)
     plan = make_plan(jobs, tasks, cfg)
     kept = kept_sequences(plan, tasks, cfg.sequences, cfg.sequence_tokens)
     sizes = [job_bytes(job, config) for job in jobs]
@@ -92,6 +95,13 @@ def capture(
         bytes=sum(file.stat().st_size for file in out.rglob("*.parquet")),
         seconds=round(time.monotonic() - started, 2),
     )
+
+
+def let_go(device: str) -> None:
+    """Give the last phase's memory back, so that the next one finds it."""
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def prepare_jobs(checkpoint: Checkpoint, cfg: CalibrationConfig, device: str, tell: Progress) -> list[Job]:
@@ -140,13 +150,13 @@ def room(plan: Plan, cfg: CalibrationConfig, config: LanceConfig, device: str) -
     layer = sum(target.out_features * target.in_features for target in layer_targets(config, 0)) * BYTES
     longest = max(forward.end - forward.start for forward in plan.forwards)
     working = longest * BYTES * (16 * config.hidden_size + 4 * config.intermediate_size)
+    embedding = config.vocab_size * config.hidden_size * BYTES + longest * BYTES * 4 * config.hidden_size
     usable = int(cfg.memory_gb * 1e9) if cfg.memory_gb else int(FREE_SHARE * free_bytes(device))
-    return usable - rows - 2 * layer - working
+    return usable - max(rows + 2 * layer + working, embedding)
 
 
 def free_bytes(device: str) -> int:
     if torch.device(device).type == "cuda":
-        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
@@ -172,9 +182,11 @@ class _Run:
 def run_pass(run: _Run, one: Pass, number: int, of: int, tell: Progress) -> None:
     """Embed, stream the layers, and let the samplers of unknown results take their step."""
     config = run.checkpoint.config
+    let_go(run.device)
     jobs = [run.jobs[index] for index in one.jobs]
     cache = cache_for(jobs, one_layer(config), run.device, DTYPE)
     pieces = embed(run, jobs, one.wave, cache)
+    let_go(run.device)
     run.recorder.start([piece.place for piece in pieces if piece.recorded])
     layers = config.num_hidden_layers
     tokens = sum(piece.hidden.shape[1] for piece in pieces)

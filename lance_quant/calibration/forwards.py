@@ -56,7 +56,8 @@ class Embedding:
         lance, device = self.lance, self.lance.device
         config = lance.config
         conditional, unconditional = positions_of(job, config.video_token_id)
-        tokens = self._tokens(job)
+        table = lance.latent_table(job.sample.latent_grids) if job.steps else None
+        tokens = self._tokens(job, table)
         pieces, calls = [], {}
         due = {forward.branch for _, forward in places if forward.step is not None and forward.wave == wave}
         begun = set()
@@ -82,7 +83,7 @@ class Embedding:
                         placed = unconditional[:, behind : behind + end - start]
                     calls[branch] = self._call(tokens, placed, Routing.of(latent).to(device), None, self.cache)
                 call = calls[branch]
-                hidden = self._block(job, tokens, forward)
+                hidden = self._block(job, tokens, forward, table)
             recorded = forward.step is not None or wave == 0
             pieces.append(Piece(place, forward, hidden, call, recorded, fresh=branch not in begun))
             begun.add(branch)
@@ -91,8 +92,11 @@ class Embedding:
     def _call(self, like: torch.Tensor, positions: torch.Tensor, routing: Routing, spans, cache) -> Call:
         return self.decoder.call(like, positions.to(like.device), routing, spans, cache)
 
-    def _tokens(self, job: Job) -> torch.Tensor:
-        """[1, n, H]: text, what the vision tower saw, and clean source latents; the block's are put in by `_block`."""
+    def _tokens(self, job: Job, table: torch.Tensor | None) -> torch.Tensor:
+        """[1, n, H]: text, what the vision tower saw, and clean source latents; the block's are put in by `_block`.
+
+        table: position rows of all latents [n_vae, H].
+        """
         lance, sample = self.lance, job.sample
         hidden = lance.embed(replace(sample, vit_patches=None))
         if job.seen is not None:
@@ -100,13 +104,12 @@ class Embedding:
         first, _ = job.target
         source = (sample.vae_indexes < first).nonzero().squeeze(1)
         if len(source):
-            table = lance.latent_table(sample.latent_grids)[source.to(lance.device)]
-            clean = job.state[source].to(lance.device)
-            still = torch.zeros(len(source), device=lance.device)
-            hidden[0, sample.vae_indexes[source].to(lance.device)] = lance.embed_latents(clean, still, table)
+            clean, at = job.state[source].to(lance.device), source.to(lance.device)
+            still = torch.zeros(len(source), device=lance.device)  # quirk Q7
+            hidden[0, sample.vae_indexes[source].to(lance.device)] = lance.embed_latents(clean, still, table[at])
         return hidden
 
-    def _block(self, job: Job, tokens: torch.Tensor, forward: Forward) -> torch.Tensor:
+    def _block(self, job: Job, tokens: torch.Tensor, forward: Forward, table: torch.Tensor) -> torch.Tensor:
         """The block at one timestep: its latents noised there, or as the sampler left them."""
         lance, device = self.lance, self.lance.device
         rows, moves = block_rows(job)
@@ -114,9 +117,8 @@ class Embedding:
         t = forward.step.t
         if job.goal is not None:
             state = torch.where(moves[:, None], (1 - t) * job.goal + t * state, state)
-        table = lance.latent_table(job.sample.latent_grids)[rows.to(device)]
         times = torch.tensor(t, dtype=torch.float32) * moves.float()
-        latents = lance.embed_latents(state.to(device), times.to(device), table)[None]
+        latents = lance.embed_latents(state.to(device), times.to(device), table[rows.to(device)])[None]
         return torch.cat((tokens[:, forward.start, None], latents, tokens[:, forward.end - 1, None]), dim=1)
 
 

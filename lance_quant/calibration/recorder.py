@@ -52,8 +52,9 @@ class SiteSums:
     def add(self, x: torch.Tensor, weight: float) -> None:
         """x [n, I]: each reduction reads it once and copies nothing."""
         norm = torch.linalg.vector_norm
-        self.absolute += norm(x, 1, dim=0, dtype=torch.float32).double() * weight
-        self.square += norm(x, 2, dim=0, dtype=torch.float32).double().square() * weight
+        self.absolute.add_(norm(x, 1, dim=0, dtype=torch.float32), alpha=weight)
+        length = norm(x, 2, dim=0, dtype=torch.float32).double()
+        self.square.addcmul_(length, length, value=weight)
         torch.maximum(self.largest, norm(x, torch.inf, dim=0).double(), out=self.largest)
 
     def to(self, device) -> "SiteSums":

@@ -177,9 +177,9 @@ def test_kept_sequences_replay_the_layer(checkpoint, captured):
 
 def test_groups_give_the_same_bytes_as_one_pass(checkpoint, captured, tmp_path, monkeypatch):
     out, one = captured
-    monkeypatch.setattr(capturing, "room", lambda *_: 60_000)
+    monkeypatch.setattr(capturing, "room", lambda *_: 150_000)
     summary = capture(checkpoint, CFG, tmp_path, "cpu")
-    assert one.passes == 1 and summary.passes >= 3
+    assert one.passes == 1 and summary.passes >= 2
     assert same_files(out, tmp_path)
     assert not (tmp_path / "scratch").exists()
 

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lance_quant.calibration.bundled import landscapes
 from lance_quant.calibration.bundled.clips import Clip, draw_clip, shoot
@@ -112,7 +112,8 @@ def _x2t_image(place: Place) -> Request:
 def _t2i(place: Place) -> Request:
     size = place.size(RATIOS)
     shown = _shown(place, size)
-    return _named(place, prompt=shown.caption, target=(shown.image,), width=size[0], height=size[1])
+    target = ImageOps.fit(shown.image, size, Image.Resampling.BICUBIC)
+    return _named(place, prompt=shown.caption, target=(target,), width=size[0], height=size[1])
 
 
 def _image_edit(place: Place) -> Request:

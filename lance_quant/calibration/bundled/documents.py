@@ -1,5 +1,4 @@
-"""Charts, tables, receipts, signs and pages of text, drawn with Pillow's built-in font: what is asked is what was "
-"drawn."""
+"""Charts, tables, receipts, signs and pages of text in Pillow's built-in font: what is asked is what was drawn."""
 
 import random
 from collections.abc import Callable

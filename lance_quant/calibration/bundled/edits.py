@@ -20,7 +20,8 @@ def night(image: Image.Image) -> Image.Image:
 
 
 def sketch(image: Image.Image) -> Image.Image:
-    return ImageOps.invert(image.convert("L").filter(ImageFilter.FIND_EDGES)).convert("RGB")
+    edges = ImageOps.autocontrast(image.convert("L").filter(ImageFilter.FIND_EDGES), cutoff=2)
+    return ImageOps.invert(edges).convert("RGB")
 
 
 def swapped(image: Image.Image) -> Image.Image:
