@@ -1,11 +1,11 @@
-r"""Train the checkpoint that ships, from a seed: the VAE, then vision tower and decoder, then the held-out bars.
+r"""Train the checkpoints that ship, from a seed: the VAE, its later frames, vision tower and decoder; then the bars.
 
     python -m flows.train_tiny                                    # one GPU, under half an hour
-    python -m flows.train_tiny device=cpu vae_minutes=180 lance_minutes=900 lance.batch=32 lance.draw_batch=32 \
-        lance.scenes=20000 vae.batch=16 vae.clip_batch=2
+    python -m flows.train_tiny device=cpu vae_minutes=180 clips_minutes=180 lance_minutes=900 vae.batch=16 \
+        clips.batch=2 lance.batch=16 lance.pictures=10000 lance.clips=5000
 
 The same command goes on where a run was stopped; what it trains is written to `out`, docs/lance_tiny.md says how to
-ship it. Without Prefect and Hydra: python -m lance_quant.tiny stage=vae|lance|measure.
+ship it. Without Prefect and Hydra: python -m lance_quant.tiny stage=vae|clips|lance|export|measure.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from flows import server
 from flows.command import one_sentence, run_command
 from lance_quant.errors import LanceQuantError
-from lance_quant.tiny.recipes import AutoencoderRecipe, LanceRecipe, MeasureRecipe
+from lance_quant.tiny.recipes import AutoencoderRecipe, ClipRecipe, ExportRecipe, LanceRecipe, MeasureRecipe
 from tasks.config import CONF, strict
 
 
@@ -30,15 +30,17 @@ class TrainConfig:
     out: str = "artifacts/train_tiny"
     device: str = "auto"
     vae_minutes: float = 30.0
+    clips_minutes: float = 30.0
     lance_minutes: float = 60.0
     graph: bool = True
     vae: AutoencoderRecipe = field(default_factory=AutoencoderRecipe)
+    clips: ClipRecipe = field(default_factory=ClipRecipe)
     lance: LanceRecipe = field(default_factory=LanceRecipe)
     measure: MeasureRecipe = field(default_factory=MeasureRecipe)
 
     def __post_init__(self) -> None:
-        if min(self.vae_minutes, self.lance_minutes) <= 0:
-            raise LanceQuantError("vae_minutes and lance_minutes must be above 0")
+        if min(self.vae_minutes, self.clips_minutes, self.lance_minutes) <= 0:
+            raise LanceQuantError("vae_minutes, clips_minutes and lance_minutes must be above 0")
 
 
 def train(cfg: TrainConfig) -> None:
@@ -57,7 +59,9 @@ def train(cfg: TrainConfig) -> None:
     @flow(name="train-tiny", persist_result=False)
     def train_tiny() -> None:
         stage("vae", cfg.vae, cfg.vae_minutes)
+        stage("clips", cfg.clips, cfg.clips_minutes)
         stage("lance", cfg.lance, cfg.lance_minutes)
+        stage("export", ExportRecipe(), 0.0)
         stage("measure", cfg.measure, 0.0)
 
     train_tiny()

@@ -37,12 +37,7 @@ def wanted(scenes: Painted, indices: list[int]) -> list[Shown]:
 
 def seen(first: Reading, last: Reading, index: int) -> Shown:
     """What was read; an unreadable thing has kind -2."""
-    return Shown(_things(first, index), _things(last, index), int(first.background[index]))
-
-
-def _things(reading: Reading, index: int) -> list[Thing]:
-    columns = (reading.kind[index].tolist(), reading.colour[index].tolist(), reading.size[index].tolist())
-    return sorted((k, c, s, cell) for cell, (k, c, s) in enumerate(zip(*columns, strict=True)) if k != -1)
+    return Shown(first.things(index), last.things(index), int(first.background[index]))
 
 
 def _each(rule: Callable[[list[Thing]], list]) -> Callable[[Shown, Shown], bool]:

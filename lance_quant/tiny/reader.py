@@ -60,6 +60,13 @@ class Reading(NamedTuple):
         )
         return Scene(things=things, background=tuple(BACKGROUNDS)[self.background[index]])
 
+    def things(self, index: int) -> list[tuple[int, int, int, int]]:
+        """(kind, colour, size, cell) of everything that stands there, sorted, as numbers of the tables; an unreadable
+        thing has kind -2."""
+        columns = (part[index].tolist() for part in (self.kind, self.colour, self.size))
+        cells = zip(*columns, range(_CELLS), strict=True)
+        return sorted(thing for thing in cells if thing[0] != -1)
+
     def unreadable(self, index: int) -> bool:
         return bool((self.kind[index] == -2).any())
 

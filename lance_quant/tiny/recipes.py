@@ -55,8 +55,8 @@ class LanceRecipe:
     clips: scenes of either medium in the pools."""
 
     batch: int = 128
-    pictures: int = 60_000
-    clips: int = 50_000
+    pictures: int = 80_000
+    clips: int = 40_000
     steps: int = 60_000
     peak: float = 1.5e-3
     drop_prompt: float = 0.1
@@ -66,10 +66,11 @@ class LanceRecipe:
     workers: int = 0  # 0: as many as there are cores
     look_seconds: float = 75.0  # between two looks at held-out scenes
     looks: int = 256
+    look_steps: int = 30  # of the sampler
     seed: int = 17
 
     def __post_init__(self) -> None:
-        _above_zero(self, "batch", "pictures", "clips", "steps", "peak", "looks", "time_shift")
+        _above_zero(self, "batch", "pictures", "clips", "steps", "peak", "looks", "look_steps", "time_shift")
 
 
 @dataclass(kw_only=True)

@@ -7,6 +7,7 @@ free to learn moving scenes, and single pictures stay bit for bit as they were: 
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from lance_quant.tiny.autoencoder import (
     to_bytes,
     to_unit,
 )
-from lance_quant.tiny.reader import Reading, read
+from lance_quant.tiny.reader import read
 from lance_quant.tiny.recipes import ClipRecipe
 from lance_quant.tiny.state import Schedule, Step, TrainingRun
 
@@ -150,8 +151,6 @@ def crop(clips: torch.Tensor, edge: int, generator: torch.Generator) -> torch.Te
 def measure_clips(vae: AutoencoderKLWan, *, seed: int) -> dict[str, float]:
     """PSNR in dB of later frames, moments of the later latents, and how often the last frame of a scene's clip is
     read back."""
-    import random
-
     device = vae.quant_conv.weight.device
     rng = random.Random(seed)
     scenes = [world.sample_clip(rng, unseen=bool(i % 2)) for i in range(512 if device.type == "cuda" else 64)]
@@ -167,7 +166,7 @@ def measure_clips(vae: AutoencoderKLWan, *, seed: int) -> dict[str, float]:
     error = (made.float() - clips.float()).square().mean((1, 3, 4)) + 1e-6
     psnr = (10 * (255**2 / error).log10()).mean(0)
     true, seen = (read(frames[:, :, -1]) for frames in (clips, made))
-    right = [_cells(true, i) == _cells(seen, i) for i in range(len(scenes))]
+    right = [true.things(i) == seen.things(i) for i in range(len(scenes))]
     return {
         "psnr_first": psnr[0].item(),
         "psnr_worst": psnr[1:].min().item(),
@@ -175,7 +174,3 @@ def measure_clips(vae: AutoencoderKLWan, *, seed: int) -> dict[str, float]:
         "later_std": later.std().item(),
         "last_frame_read": sum(right) / len(right),
     }
-
-
-def _cells(reading: Reading, index: int) -> list:
-    return [part[index].tolist() for part in (reading.kind, reading.colour, reading.size)]

@@ -88,13 +88,13 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "x2t_image": Task(0.75),
-    "x2t_video": Task(1.0),
-    "t2i": Task(1.25),
-    "t2v": Task(1.25),
+    "x2t_image": Task(0.5),
+    "x2t_video": Task(0.75),
+    "t2i": Task(0.75),
+    "t2v": Task(1.5),
     "i2v": Task(0.75),
     "image_edit": Task(1.0),
-    "video_edit": Task(0.75),
+    "video_edit": Task(1.0),
 }
 
 
@@ -232,19 +232,21 @@ def train_lance(
             print(f"lance step {run.step} {run.elapsed:.0f}s {steps / (run.elapsed - said):.1f}/s {words}", flush=True)
             sums, said, since = {}, run.elapsed, run.step
             if run.elapsed - looked > recipe.look_seconds:
-                print(f"  held out: {json.dumps(look(run, plain, unseen, vae))}", flush=True)
+                print(f"  held out: {json.dumps(look(run, plain, unseen, vae, recipe))}", flush=True)
                 looked = said = run.elapsed
     run.save()
-    scores = look(run, plain, unseen, vae)
+    scores = look(run, plain, unseen, vae, recipe)
     print(json.dumps({"stage": "lance", "step": run.step, "finished": run.finished, **scores}), flush=True)
     return out / STATE
 
 
-def look(run: TrainingRun, plain: dict[str, Runner], unseen: dict[str, Pool], vae: nn.Module) -> dict[str, float]:
+def look(
+    run: TrainingRun, plain: dict[str, Runner], unseen: dict[str, Pool], vae: nn.Module, recipe: LanceRecipe
+) -> dict[str, float]:
     """Held-out scores of the averaged weights, the training weights put back afterwards."""
     kept = {name: value.detach().clone() for name, value in run.parameters.items()}
     run.load_average()
-    scores = held_out_scores(plain, unseen, vae, FlowConfig(), autocast=run.cuda)
+    scores = held_out_scores(plain, unseen, vae, FlowConfig(steps=recipe.look_steps), autocast=run.cuda)
     with torch.no_grad():
         for name, value in run.parameters.items():
             value.copy_(kept[name])
