@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 
 import torch
-from tokenizers import pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from lance_quant.checkpoint.layout import POSITION_TABLE, VIT_PREFIX, expected_shapes, vision_shapes
 from lance_quant.checkpoint.reader import TensorReader
@@ -28,7 +28,7 @@ from lance_quant.model.embedders import latent_positions
 from lance_quant.model.prompts import SYSTEM
 from lance_quant.model.request import INSTRUCTIONS
 from lance_quant.model.vae import build_vae, upstream_key
-from lance_quant.tiny.tokenizer import train_tokenizer
+from lance_quant.tiny.tokenizer import SPLIT
 
 FOLDERS = {"image": "Lance_3B", "video": "Lance_3B_Video"}
 PUBLISHED = {"image": (1021, 6_185_205_808), "video": (1411, 7_105_548_336)}  # tensors, parameters
@@ -349,12 +349,17 @@ def write_tokenizer(folder: Path) -> None:
     free ones, and all others stand for their own number. Text takes about three times as many tokens as published.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = train_tokenizer()
-    trainer = trainers.BpeTrainer(vocab_size=4096, initial_alphabet=alphabet, show_progress=False)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
     texts = [*SYSTEM.values(), *INSTRUCTIONS.values(), *(f"{word}\n" for word in KNOWN_IDS)]
+    trainer = trainers.BpeTrainer(vocab_size=4096, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts * 2, trainer)
     content = json.loads(tokenizer.to_str())
-    words = [word for word in content["model"]["vocab"] if word not in alphabet and not word.startswith("<|")]
+    words = [word for word in content["model"]["vocab"] if word not in alphabet]
     vocabulary = {letter: index for index, letter in enumerate(alphabet)} | KNOWN_IDS
     taken = set(vocabulary.values())
     free = (index for index in range(BASE_VOCABULARY) if index not in taken)
