@@ -77,6 +77,8 @@ def described(cfg: RunConfig) -> dict:
         del settings[place]
     for place in ("path", "vit", "vae"):
         del settings["checkpoint"][place]
+    for place in ("path", "examples", "memory_gb"):
+        del settings["calibration"][place]
     return settings
 
 

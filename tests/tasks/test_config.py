@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 import lance_quant
+from lance_quant.calibration.config import calibrated_tasks
 from lance_quant.errors import LanceQuantError
+from lance_quant.model.request import TASKS
 from tasks.config import CONF, RunConfig, compose_config, package_path, read_fields
 
 
@@ -45,6 +47,59 @@ def test_the_shipped_checkpoint_is_found_from_anywhere(monkeypatch, tmp_path):
     path = Path(compose_config([]).checkpoint.path)
     assert path == Path(lance_quant.__file__).parent / "tiny" / "weights" / "Lance_tiny"
     assert package_path("lance_quant/errors.py") == str(Path(lance_quant.__file__).parent / "errors.py")
+
+
+@pytest.mark.parametrize(
+    "checkpoint, suits", [("tiny", "scenes"), ("image", "bundled"), ("video", "bundled"), ("text", "text")]
+)
+def test_calibration_suits_the_checkpoint_unless_it_is_named(checkpoint, suits):
+    assert compose_config([f"checkpoint={checkpoint}"]).calibration.name == suits
+    for order in (
+        ["calibration=published", f"checkpoint={checkpoint}"],
+        [f"checkpoint={checkpoint}", "calibration=published"],
+    ):
+        assert compose_config(order).calibration.name == "published"
+
+
+def test_every_checkpoint_has_a_calibration_that_suits_it():
+    assert set(choices("checkpoint")) <= set(choices("calibration/of"))
+
+
+def test_what_the_published_quantizer_saw():
+    published = compose_config(["calibration=published"]).calibration
+    assert (published.balance, published.tasks, published.sampler_steps) == ("tokens", ["x2t_image", "t2i"], 2)
+    assert published.unconditional == 1.0
+
+
+def test_tasks_follow_the_layout():
+    cfg = compose_config(["calibration=bundled"]).calibration
+    assert set(calibrated_tasks(cfg, "image")) == {"t2i", "image_edit", "x2t_image"}
+    assert set(calibrated_tasks(cfg, "video")) == set(TASKS)
+    cfg = compose_config(["calibration=bundled", "calibration.tasks=[t2i,t2v]"]).calibration
+    assert calibrated_tasks(cfg, "video") == ["t2i", "t2v"]
+    with pytest.raises(LanceQuantError, match="'t2v', which a checkpoint of the image layout does not serve"):
+        calibrated_tasks(cfg, "image")
+    with pytest.raises(LanceQuantError, match="take calibration=text"):
+        calibrated_tasks(cfg, "text")
+    assert calibrated_tasks(compose_config(["calibration=text"]).calibration, "text") == ["text"]
+
+
+@pytest.mark.parametrize(
+    "setting, words",
+    {
+        "source=web": "source='web' is unknown",
+        "balance=pictures": "balance='pictures' is unknown",
+        "tasks=paint": "must be auto or a list",
+        "tasks=[t2i,t2i]": "name each task once",
+        "weights.t2i=0": "weights.t2i=0.0 must be positive",
+        "unconditional=2": "between 0 and 1",
+        "memory_gb=-1": "memory_gb=-1.0 must be at least 0",
+        "text_tokens=1": "text_tokens=1 must be at least 2",
+    }.items(),
+)
+def test_calibration_settings_out_of_range(setting, words):
+    with pytest.raises(LanceQuantError, match=words):
+        compose_config([f"calibration.{setting}"])
 
 
 def test_seed_reaches_the_parts():

@@ -17,6 +17,9 @@ NEW = {
     "recipe.alphas=11": {"search"} | AFTER_SEARCH,
     "calibration.samples=7": {"capture", "search"} | AFTER_SEARCH,
     "calibration.min_tokens=7": {"report"},
+    "calibration.weights.t2i=3": {"capture", "search"} | AFTER_SEARCH,
+    "calibration.memory_gb=7.5": set(),
+    "calibration=bundled": {"capture", "search"} | AFTER_SEARCH,
     "evaluation.steps=7": {"baseline", "evaluate", "report"},
     "checkpoint.image_edge=64": {"capture", "search", "baseline"} | AFTER_SEARCH,
     "seed=1": ALL - {"load"},
@@ -94,6 +97,25 @@ def test_a_moved_checkpoint_is_the_same_checkpoint(keys, tmp_path):
     ):
         shutil.move(part, moved / part.name)
     assert keys(f"checkpoint.path={moved / keys.checkpoint.name}") == before
+
+
+def test_the_users_own_texts_are_known_by_their_content(keys, tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        folder.mkdir()
+        (folder / "a.txt").write_text("a red circle")
+    before, after = (
+        keys("calibration=text", f"calibration.path={one}"),
+        keys("calibration=text", f"calibration.path={other}"),
+    )
+    assert before["capture"] == after["capture"]
+    (other / "a.txt").write_text("a blue circle")
+    assert keys("calibration=text", f"calibration.path={other}")["capture"] != before["capture"]
+
+
+def test_what_another_task_weighs_changes_nothing(keys):
+    """The stand-in is an image model: its tasks are not those of clips."""
+    assert keys("calibration.weights.t2v=3")["capture"] == keys()["capture"]
 
 
 def test_a_renamed_recipe_searches_nothing_anew(keys):
