@@ -36,6 +36,7 @@ BARS = {
     **dict.fromkeys(("t2v", "i2v", "image_edit", "video_edit"), 0.70),
     **{f"reader_{what}/{medium}": 0.99 for what in ("true", "round_trip") for medium in MEDIA},
 }
+MEASURED = "measured.json"
 CHUNK = 256
 EDITS = ("image_edit", "video_edit")
 
@@ -162,7 +163,7 @@ def run_measure(recipe: MeasureRecipe, *, out: Path, device: str) -> dict[str, f
     scores = held_out_scores(runners(lance, tokenizer), pools, vae, cfg)
     for name, bar in BARS.items():
         print(f"{name:26} {scores[name]:.4f}  bar {bar:.2f}  {'met' if scores[name] >= bar else 'MISSED'}", flush=True)
-    (out / "measured.json").write_text(json.dumps({"scenes": recipe.scenes, **scores}, indent=1) + "\n")
+    (out / MEASURED).write_text(json.dumps({"scenes": recipe.scenes, **scores}, indent=1) + "\n")
     print(json.dumps(scores))
     return scores
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +32,7 @@ from lance_quant.model.request import UNDERSTANDING
 from lance_quant.model.sampler import FlowConfig
 from lance_quant.tiny import autoencoder, export
 from lance_quant.tiny.batched import PLAIN, Kernels, Prompts, Runner, Working, matmul_dtype, working_weights
-from lance_quant.tiny.measure import BARS, EDITS, held_out_pools, held_out_scores, medium_of, runners
+from lance_quant.tiny.measure import BARS, EDITS, MEASURED, held_out_pools, held_out_scores, medium_of, runners
 from lance_quant.tiny.pools import Pool, build_pools
 from lance_quant.tiny.recipes import ExportRecipe, LanceRecipe
 from lance_quant.tiny.state import Schedule, Step, TrainingRun
@@ -254,10 +255,15 @@ def look(
 
 
 def run_export(recipe: ExportRecipe, *, out: Path) -> list[Path]:
-    """Write the averaged weights of a training state as checkpoints in both layouts; returns their folders."""
-    path = Path(recipe.state or out) / STATE / "average.safetensors"
+    """Write the averaged weights of a training state as checkpoints in both layouts, and the VAE and measurement that
+    lie with it; returns their folders."""
+    source = Path(recipe.state or out)
+    path = source / STATE / "average.safetensors"
     if not path.exists():
         raise LanceQuantError(f"there is no training state at {path}: run stage=lance first, or give state=FOLDER")
     folders = export.write_checkpoints(load_file(path), train_tokenizer(), out)
+    for name in (autoencoder.FILE, MEASURED):
+        if source.resolve() != out.resolve() and (source / name).exists():
+            shutil.copyfile(source / name, out / name)
     print(f"written: {', '.join(map(str, folders))}", flush=True)
     return folders
