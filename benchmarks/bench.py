@@ -1,7 +1,9 @@
 """`Bench`: what the stages of full_size.py share."""
 
+import contextlib
 import gc
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -99,6 +101,20 @@ class Bench:
 
 def gigabytes(size: int | None) -> str:
     return "none" if size is None else f"{size / GB:.2f} GB"
+
+
+@contextlib.contextmanager
+def held_to(limit_gb: float) -> Iterator[None]:
+    """PyTorch may take that much GPU memory and no more, so that what does not fit fails."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(limit_gb * GB / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def wait() -> float:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from bench import GB, Bench, gigabytes, host
+from bench import GB, Bench, gigabytes, held_to, host
 from meter import Meter, host_bytes, pinned_bytes
 
 from lance_quant.awq.pack import PackJob, pack
@@ -35,15 +35,8 @@ def stage_capture(bench: Bench) -> dict:
 
 
 def stage_offload(bench: Bench) -> dict:
-    """PyTorch is held to 7.5 GB, so that what does not fit fails."""
-    if not torch.cuda.is_available():
+    with held_to(OFFLOAD_GB):
         return captured(bench, "offload", OFFLOAD_GB)
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(OFFLOAD_GB * GB / total)
-    try:
-        return captured(bench, "offload", OFFLOAD_GB)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def captured(bench: Bench, name: str, memory_gb: float) -> dict:
