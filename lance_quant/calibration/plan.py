@@ -125,7 +125,7 @@ def quotas(sizes: Sequence[int], total: int) -> list[int]:
 
 @dataclass(frozen=True)
 class KeptSequence:
-    """A sample whose hidden states are kept: its context and, of a picture or clip, the block at its first timestep."""
+    """A sample whose hidden states are kept: its context and, of a picture or clip, the block at its middle timestep."""
 
     job: int
     places: tuple[int, ...]
@@ -141,7 +141,7 @@ def kept_sequences(plan: Plan, tasks: Sequence[str], count: int, most: int) -> l
             by_job[forward.job].append(place)
     for job, places in by_job.items():
         blocks = [place for place in places if plan.forwards[place].step is not None]
-        whole = [place for place in places if plan.forwards[place].step is None] + blocks[:1]
+        whole = [place for place in places if plan.forwards[place].step is None] + blocks[len(blocks) // 2 :][:1]
         tokens = sum(plan.forwards[place].end - plan.forwards[place].start for place in whole)
         by_task[plan.forwards[places[0]].task].append(KeptSequence(job, tuple(whole), tokens))
     out, left = [], most

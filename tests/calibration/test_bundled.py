@@ -10,7 +10,7 @@ from lance_quant.calibration.bundled.photographs import PHOTOGRAPHS, open_photog
 from lance_quant.model.request import CLIP_TASKS, GENERATION, GIVEN, TASKS, UNDERSTANDING
 from lance_quant.model.resolution import PRESETS
 
-DIGEST = {1: "cf1a72b9f0d1c7e70616060c5d7ede801cff43d9376969f5426b660a7639b00c"}
+DIGEST = {1: "56a15bb6dcba0c857283b5aec4a366a387a492bbdb123fd1c4ceb4982bea3a20"}
 
 
 class Sizes:

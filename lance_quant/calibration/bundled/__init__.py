@@ -25,7 +25,7 @@ from lance_quant.model.request import INSTRUCTIONS, Request
 COUNTS = {"x2t_image": 16, "t2i": 16, "image_edit": 16, "x2t_video": 8, "t2v": 8, "i2v": 8, "video_edit": 8}
 RATIOS = (1.0, 4 / 3, 16 / 9, 3 / 4)  # of pictures, width to height
 CLIP_RATIOS = (16 / 9, 1.0, 16 / 9, 4 / 3)
-FRAMES = (9, 13, 9, 25, 9, 13, 17, 49)  # of the clips of t2v in turn; the other tasks' are shorter
+FRAMES = (9, 13, 5, 25, 9, 13, 17, 49)  # of the clips of t2v in turn; the other tasks' are shorter
 SHORT_FRAMES = (9, 9, 13, 9, 17, 9, 13, 25)
 KINDS = ("photograph", "document", "landscape", "document")  # what a picture shows, in turn
 
