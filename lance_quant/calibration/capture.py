@@ -193,7 +193,6 @@ def run_pass(run: _Run, one: Pass, number: int, of: int, tell: Progress) -> None
     for index, layer in stream_layers(run.checkpoint, run.device):
         run.recorder.listen(index, layer)
         run_layer(layer, pieces, cache, run.recorder)
-        del layer
         run.recorder.finish(index)
         tell(number * layers + index + 1, of * layers, f"layers, {tokens} tokens in {len(pieces)} forwards")
     unknown = [job for job in jobs if job.goal is None and job.waves > one.wave + 1]

@@ -125,7 +125,7 @@ def quotas(sizes: Sequence[int], total: int) -> list[int]:
 
 @dataclass(frozen=True)
 class KeptSequence:
-    """A sample whose hidden states are kept: its context and, of a picture or clip, the block at its middle timestep."""
+    """A sample whose hidden states are kept: its context and, of a picture or clip, the block at a middle timestep."""
 
     job: int
     places: tuple[int, ...]

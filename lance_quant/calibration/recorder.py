@@ -80,6 +80,7 @@ class Recorder:
         self._sums: Sums = {}
         self._rows: Rows = {}
         self._entering: dict[int, torch.Tensor] = {}
+        self._handles: list = []
         self._now: int | None = None
         self._taken: dict[tuple[int, str], tuple[torch.Tensor, int]] = {}
         self._writer = ThreadPoolExecutor(1)
@@ -110,7 +111,7 @@ class Recorder:
             if (target.path, target.site) not in heard:
                 heard.add((target.path, target.site))
                 module = layer.get_submodule(target.name.removeprefix(layer_prefix(index)))
-                module.register_forward_pre_hook(self._hook(target.path, target.site))
+                self._handles.append(module.register_forward_pre_hook(self._hook(target.path, target.site)))
 
     def begin(self, place: int, hidden: torch.Tensor) -> None:
         """The call that follows is this forward; hidden [1, n, H] enters the layer."""
@@ -139,6 +140,8 @@ class Recorder:
 
     def finish(self, index: int) -> None:
         """Set a layer aside for the next pass or, after the last one, write it, while the next layer runs."""
+        while self._handles:
+            self._handles.pop().remove()
         sums = {key: value.to("cpu") for key, value in self._sums.items()}
         rows = {key: value.cpu() for key, value in self._rows.items()}
         states = {place: value.cpu() for place, value in self._entering.items()}

@@ -6,14 +6,14 @@ Never more than two layers (617 MB of the published model) are there: the one at
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
 
 from lance_quant.checkpoint.fill import fill, set_parameter
 from lance_quant.checkpoint.layout import VIT_PREFIX, Checkpoint, layer_prefix
-from lance_quant.checkpoint.reader import TensorReader
+from lance_quant.checkpoint.reader import READERS, TensorReader
 from lance_quant.model.config import LanceConfig
 from lance_quant.model.decoder import Decoder, Layer
 from lance_quant.model.lance import Lance, build_lance
@@ -43,11 +43,15 @@ def load_eyes(checkpoint: Checkpoint, device: str) -> Lance:
 
 
 def _fill_parts(lance: Lance, checkpoint: Checkpoint, prefixes: tuple[str, ...], device: str) -> None:
+    parts = {
+        name: torch.empty(parameter.shape, device=device, dtype=DTYPE)
+        for name, parameter in lance.named_parameters()
+        if name.startswith(prefixes)
+    }
     with TensorReader(checkpoint.model_file) as reader:
-        for name, parameter in list(lance.named_parameters()):
-            if name.startswith(prefixes):
-                value = torch.empty(parameter.shape, device=device, dtype=DTYPE)
-                set_parameter(lance, name, reader.read_into(name, value))
+        reader.read_all(parts)
+    for name, value in parts.items():
+        set_parameter(lance, name, value)
 
 
 def one_layer(config: LanceConfig) -> LanceConfig:
@@ -62,22 +66,46 @@ def bare_decoder(config: LanceConfig) -> Decoder:
 
 
 def stream_layers(checkpoint: Checkpoint, device: str) -> Iterator[tuple[int, Layer]]:
-    """(index, layer) in order, bfloat16 on the device; each stands at place 0 of its own cache."""
+    """(index, layer) in order, bfloat16 on the device; each stands at place 0 of its own cache.
+
+    Two layers take turns: while one works the other is filled, over a stream of its own so that neither waits for the
+    other. A layer is good until the next one is asked for.
+    """
     count = checkpoint.config.num_hidden_layers
-    with TensorReader(checkpoint.model_file) as reader, ThreadPoolExecutor(1) as ahead:
+    pair = [_empty_layer(checkpoint.config, device) for _ in range(min(2, count))]
+    side = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
+    with (
+        TensorReader(checkpoint.model_file) as reader,
+        ThreadPoolExecutor(READERS) as readers,
+        ThreadPoolExecutor(1) as ahead,
+    ):
 
         def read(index: int) -> Layer:
-            with torch.device("meta"):
-                layer = Layer(checkpoint.config, 0)
-            for name, parameter in list(layer.named_parameters()):
-                value = torch.empty(parameter.shape, device=device, dtype=DTYPE)
-                set_parameter(layer, name, reader.read_into(layer_prefix(index) + name, value))
-            return layer.eval()
+            layer = pair[index % 2]
 
-        following = ahead.submit(read, 0)
+            def fill_one(name: str) -> None:
+                with torch.cuda.stream(side):  # does nothing without one
+                    reader.read_into(layer_prefix(index) + name, layer.get_parameter(name).data)
+
+            list(readers.map(fill_one, [name for name, _ in layer.named_parameters()]))
+            return layer
+
+        def start(index: int) -> Future[Layer]:
+            if side is not None:  # what used this memory last must be done before it is filled anew
+                torch.cuda.synchronize(device)
+            return ahead.submit(read, index)
+
+        following = start(0)
         for index in range(count):
             layer = following.result()
             if index + 1 < count:
-                following = ahead.submit(read, index + 1)
+                following = start(index + 1)
             yield index, layer
-            del layer
+
+
+def _empty_layer(config: LanceConfig, device: str) -> Layer:
+    with torch.device("meta"):
+        layer = Layer(config, 0)
+    for name, parameter in list(layer.named_parameters()):
+        set_parameter(layer, name, torch.empty(parameter.shape, device=device, dtype=DTYPE))
+    return layer.eval()
