@@ -1,11 +1,13 @@
 """The capture artifact: what its tables say must be what the linears of the whole model see."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from lance_quant.calibration import capture as capturing
 from lance_quant.calibration.activations import read_layer
@@ -239,3 +241,31 @@ def test_text_that_is_not_there(checkpoint, tmp_path, path):
     cfg = CalibrationConfig(source="text", path=path and str(tmp_path / path))
     with pytest.raises(LanceQuantError, match="calibration"):
         capture(checkpoint, cfg, tmp_path, "cpu")
+
+
+def test_published_samples_are_lances_own_examples(checkpoint, tmp_path):
+    examples, media = tmp_path / "config" / "examples", tmp_path / "pictures"
+    for folder in (examples, media):
+        folder.mkdir(parents=True)
+    Image.new("RGB", (80, 60), "red").save(media / "a.png")
+    question = {
+        "interleave_array": ["pictures/a.png", ["Look.", "Which colour?", "Red."]],
+        "element_dtype_array": ["image", "text"],
+        "istarget_in_interleave": [0, 1],
+    }
+    (examples / "x2t_image_example.json").write_text(json.dumps({"0001": question}, indent=1))
+    (examples / "t2i_example.json").write_text(json.dumps({"000000.png": "a circle"}, indent=1))
+    cfg = CalibrationConfig(
+        source="published", examples=str(examples), tasks=["x2t_image", "t2i"], balance="tokens", unconditional=1.0
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    summary = capture(checkpoint, cfg, out, "cpu")
+    assert summary.tokens["t2i"]["gen"] == 2 * 2 * 16  # both branches at both of the sampler's steps
+    assert summary.passes == 2 and summary.tokens["x2t_image"]["und"] > 16
+    site = read_layer(out, 0)["und", "qkv"]
+    assert site.weights == {task: float(site.tokens[task]) for task in site.tasks}
+    with pytest.raises(LanceQuantError, match="give their folder as calibration.examples="):
+        capture(checkpoint, replace(cfg, examples=""), out, "cpu")
+    with pytest.raises(LanceQuantError, match="image_edit_example.json is missing"):
+        capture(checkpoint, replace(cfg, tasks=["image_edit"]), out, "cpu")

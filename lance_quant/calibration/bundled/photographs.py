@@ -252,11 +252,25 @@ PHOTOGRAPHS = (
         held_out=True,
     ),
     Photograph(
-        "motorcycle_right.png",
-        "A red motorcycle with a chromed engine in a workshop with shelves.",
-        "A red motorcycle on its stand in front of a workbench. Boxes and tools fill the shelves along the wall, and "
-        "daylight comes through a window on the left.",
-        (("What is parked in the workshop?", "A red motorcycle."),),
+        "cell.png",
+        "A single bright round cell with a dark rim on a plain grey ground, under a microscope.",
+        "A grey microscope picture. Right of the middle floats one round cell, bright and grainy inside, with a dark "
+        "halo around it; the rest of the picture is an even, slightly streaked grey.",
+        (
+            ("How many cells are there?", "One."),
+            ("Where in the picture is it?", "Right of the middle."),
+        ),
+        held_out=True,
+    ),
+    Photograph(
+        "text.png",
+        "Handwritten mathematical formulas on ruled paper, photographed at an angle.",
+        "Black handwriting on ruled grey paper, seen at an angle: fragments of formulas with integrals, brackets and "
+        "letters, partly cut off at the edges.",
+        (
+            ("Is the text printed or written by hand?", "It is written by hand."),
+            ("What kind of text is it?", "Mathematical formulas."),
+        ),
         held_out=True,
     ),
 )
