@@ -63,31 +63,31 @@ class Block:
         weights = {key.removeprefix(self._prefix): value for key, value in tensors.items()}
         return routing.merge(functional_call(self.module, weights, (routing.split(batch.states), batch.call)))
 
+    def trace(
+        self, tensors: dict[str, Tensor], batch: Batch, sites: Sequence[tuple[str, str]]
+    ) -> tuple[Tensor, dict[tuple[str, str], Tensor]]:
+        """`outputs`, and what the linears of some (path, site) read for it, [B, k, I]: absent where no token came."""
+        rows: dict[tuple[str, str], Tensor] = {}
+        hooks = []
+        for key in sites:
+            target = next(t for t in layer_targets(self.config, self.layer) if (t.path, t.site) == key)
+            module = self.module.get_submodule(target.name.removeprefix(self._prefix))
+            hooks.append(module.register_forward_pre_hook(lambda _, args, key=key: rows.update({key: args[0]})))
+        try:
+            return self.outputs(tensors, batch), rows
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     @torch.no_grad()
     def site_rows(self, tensors: dict[str, Tensor]) -> dict[tuple[str, str], tuple[Tensor, list[str]]]:
         """(path, site) -> inputs float32 [n, I] that the linears read, and each row's task."""
-        rows = {(path, site): ([], []) for path in PATHS for site in SITES}
-        now: list[str] = []
-        hooks = []
-        heard = set()
-        for target in layer_targets(self.config, self.layer):
-            key = (target.path, target.site)
-            if key not in heard:
-                heard.add(key)
-                module = self.module.get_submodule(target.name.removeprefix(self._prefix))
-                hooks.append(module.register_forward_pre_hook(self._hook(rows[key], now)))
+        found: dict[tuple[str, str], tuple[list[Tensor], list[str]]] = {}
+        sites = [(path, site) for path in PATHS for site in SITES]
         for batch in self.batches:
             for row, task in enumerate(batch.tasks):
-                now[:] = [task]
-                self.outputs(tensors, batch.part([row]))
-        for hook in hooks:
-            hook.remove()
-        return {key: (torch.cat(parts), tasks) for key, (parts, tasks) in rows.items() if parts}
-
-    def _hook(self, into: tuple[list, list], now: list[str]):
-        def hook(module, args) -> None:
-            x = args[0].flatten(0, -2)
-            into[0].append(x.clone())
-            into[1].extend(now * len(x))
-
-        return hook
+                for key, inputs in self.trace(tensors, batch.part([row]), sites)[1].items():
+                    parts, tasks = found.setdefault(key, ([], []))
+                    parts.append(inputs[0])
+                    tasks.extend([task] * inputs.shape[1])
+        return {key: (torch.cat(parts), tasks) for key, (parts, tasks) in found.items()}

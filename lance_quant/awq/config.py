@@ -8,7 +8,7 @@ SCORINGS = ("none", "synthetic", "captured")
 FAMILIES = ("activation_over_weight", "activation")
 FOLD_NAMES = ("input_norm", "post_attention_norm", "up_down", "v_o")
 CLIP_NAMES = ("none", "linear", "group")
-ROUNDING_NAMES = ("nearest", "gptq", "learned")
+ROUNDING_NAMES = ("nearest", "gptq", "residual", "learned")
 EVIDENCE = ("rows", "sequences")
 
 
@@ -29,8 +29,9 @@ class RecipeConfig:
     clip: "none", one pair of shares for a "linear", or for each "group" of each row (`clip.CLIPS`); clip_steps: shares
     tried of each end, from 1 down to clip_least.
     rounding: in this order, each starting from the one before: "nearest", "gptq" (errors made up for by later columns;
-    damping: share of the mean second moment), "learned" (on the kept sequences: learned_steps steps of about
-    learned_tokens tokens; learned_rate, range_rate: first step of offsets, in codes, and of the ends of ranges).
+    damping: share of the mean second moment), "residual" (down_proj makes up for the other linears), "learned" (on the
+    kept sequences: learned_steps steps of about learned_tokens tokens; learned_rate, range_rate: first step of offsets,
+    in codes, and of the ends of ranges, in shares).
     """
 
     name: str = "awq"
@@ -69,7 +70,11 @@ class RecipeConfig:
         self._check_rounding()
 
     def _check_rounding(self) -> None:
-        if not self.rounding or self.rounding[0] == "learned" or len(set(self.rounding)) < len(self.rounding):
+        if (
+            not self.rounding
+            or self.rounding[0] not in ("nearest", "gptq")
+            or len(set(self.rounding)) < len(self.rounding)
+        ):
             raise LanceQuantError(
                 f"recipe {self.name}: rounding={list(self.rounding)} must start from nearest or gptq, each named once"
             )
@@ -97,7 +102,7 @@ class RecipeConfig:
 
     @property
     def needs_sequences(self) -> bool:
-        return "sequences" in self.evidence or "learned" in self.rounding
+        return "sequences" in self.evidence or bool({"residual", "learned"} & set(self.rounding))
 
 
 def one_of(what: str, values: list[str], known: tuple[str, ...]) -> None:

@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lance_quant.awq.block import Batch, Block
+from lance_quant.awq.block import Block
 from lance_quant.awq.config import RecipeConfig
 from lance_quant.awq.grid import grouped
+from lance_quant.awq.lessons import Lesson, cells, loss_of, whole_loss
 from lance_quant.awq.rounding import Draft, with_range
-from lance_quant.awq.score import TINY
 from lance_quant.checkpoint.layout import layer_targets
 
 
@@ -71,59 +71,6 @@ class Variable:
 FACTORS = (0.5, 1.0)  # of a group's end
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """A batch with the float layer's output [B, n, H] and what each token's squared error counts [B, n]."""
-
-    batch: Batch
-    wanted: Tensor
-    counts: Tensor
-
-
-def lessons(block: Block, source: dict[str, Tensor], weights: dict[tuple[str, str], float]) -> list[Lesson]:
-    """weights: (task, path) -> what it counts. Errors of each are relative to the layer's own change of its states."""
-    wanted = [block.outputs(source, batch) for batch in block.batches]
-    energy: dict[tuple[str, str], float] = {}
-    for batch, out in zip(block.batches, wanted, strict=True):
-        changed = (out - batch.states).square().sum(-1).double()
-        for task, path, at in _cells(batch):
-            energy[task, path] = energy.get((task, path), 0.0) + changed[at].sum().item()
-    total = sum(weights.get(cell, 1.0) for cell in energy)
-    made = []
-    for batch, out in zip(block.batches, wanted, strict=True):
-        counts = torch.zeros(out.shape[:2], device=out.device)
-        for task, path, at in _cells(batch):
-            counts[at] = weights.get((task, path), 1.0) / (total * max(energy[task, path], TINY))
-        made.append(Lesson(batch, out, counts))
-    return made
-
-
-def _cells(batch: Batch):
-    """(task, path, bool [B, n]) of the tokens that weigh in together."""
-    for task in dict.fromkeys(batch.tasks):
-        rows = torch.tensor([one == task for one in batch.tasks], device=batch.latent.device)
-        for path, at in (("und", ~batch.latent), ("gen", batch.latent)):
-            if at.any():
-                yield task, path, rows[:, None] & at[None, :]
-
-
-def loss_of(block: Block, tensors: dict[str, Tensor], lesson: Lesson, rows: Sequence[int]) -> Tensor:
-    """Relative squared error in the layer's output over some rows of a lesson."""
-    out = block.outputs(tensors, lesson.batch.part(rows))
-    return ((out.float() - lesson.wanted[rows]).square().sum(-1) * lesson.counts[rows]).sum()
-
-
-@torch.no_grad()
-def whole_loss(block: Block, tensors: dict[str, Tensor], taught: Sequence[Lesson], most: int) -> float:
-    """Over all sequences, `most` tokens at a time."""
-    total = 0.0
-    for lesson in taught:
-        count, length = lesson.counts.shape
-        for rows in torch.arange(count).split(max(1, most // length)):
-            total += loss_of(block, tensors, lesson, rows.tolist()).item()
-    return total
-
-
 def turns(taught: Sequence[Lesson], steps: int, tokens: int, seed: int) -> list[dict[int, list[int]]]:
     """For each step lesson -> rows, about `tokens` tokens; every sequence once before any comes twice."""
     draw = torch.Generator().manual_seed(seed)
@@ -148,14 +95,12 @@ def turns(taught: Sequence[Lesson], steps: int, tokens: int, seed: int) -> list[
 class Learning:
     """What `learn` knows beside the drafts.
 
-    source: the float layer; folded: the layer as it is stored, but for the weights of the drafts; counts:
-    (task, path) -> what it counts.
+    folded: the layer as it is stored, but for the weights of the drafts; taught: what it should put out.
     """
 
     block: Block
-    source: dict[str, Tensor]
     folded: dict[str, Tensor]
-    counts: dict[tuple[str, str], float]
+    taught: Sequence[Lesson]
     recipe: RecipeConfig
     seed: int
 
@@ -166,9 +111,8 @@ def learn(job: Learning, drafts: dict[str, Draft]) -> tuple[dict[str, Draft], fl
 
     Linears of a path that no kept sequence takes stay as they are.
     """
-    block, recipe = job.block, job.recipe
-    taught = lessons(block, job.source, job.counts)
-    paths = {path for batch in block.batches for _, path, _ in _cells(batch)}
+    block, recipe, taught = job.block, job.recipe, job.taught
+    paths = {path for batch in block.batches for _, path, _ in cells(batch)}
     reached = [target.name for target in layer_targets(block.config, block.layer) if target.path in paths]
     variables = {name: Variable.of(drafts[name]) for name in reached}
     if not variables:

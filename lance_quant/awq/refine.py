@@ -1,4 +1,4 @@
-"""`refine`: from folded weights to drafts, ingredient by ingredient: nearest, clip, compensation, learned rounding.
+"""`refine`: from folded weights to drafts, one ingredient after another: clip, compensation, residual, learning.
 
 Each takes the drafts of the one before. Sites that calibration did not reach stay rounded to nearest.
 """
@@ -12,9 +12,11 @@ from lance_quant.awq.block import Block
 from lance_quant.awq.clip import CLIPS
 from lance_quant.awq.compensate import compensate
 from lance_quant.awq.config import RecipeConfig
-from lance_quant.awq.learn import Learning, learn
+from lance_quant.awq.learn import Learning, learn, weights_of
+from lance_quant.awq.lessons import Lesson, lessons, whole_loss
 from lance_quant.awq.moments import Split, second_moments
-from lance_quant.awq.rounding import Draft, rows_of, stacked
+from lance_quant.awq.residual import SITE, make_up, missing_parts
+from lance_quant.awq.rounding import Draft, draft, rows_of, stacked
 from lance_quant.awq.score import OutputError
 from lance_quant.checkpoint.layout import Target
 
@@ -40,6 +42,7 @@ class Refinement:
     block: Block | None
     clips: dict[str, tuple[float, float]] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
+    taught: list[Lesson] | None = None
 
     def sites(self) -> list[tuple[Split, list[Target]]]:
         """Captured inputs with the linears that read them."""
@@ -53,6 +56,22 @@ class Refinement:
 
     def moments(self, rows, linears: list[Target]) -> Tensor:
         return second_moments([self.weight(target) for target in linears], rows, self.columns[linears[0].name])
+
+    def stored(self) -> dict[str, Tensor]:
+        """The folded layer as it is stored: norms and biases bf16."""
+        weights = {f"{target.name}.weight" for target in self.targets}
+        return {
+            key: value if key in weights else value.to(torch.bfloat16).float() for key, value in self.folded.items()
+        }
+
+    def lessons(self) -> list[Lesson]:
+        if self.taught is None:
+            self.taught = lessons(self.block, self.source, self.counts)
+        return self.taught
+
+    def loss(self, drafts: dict[str, Draft]) -> float:
+        """Mean relative squared error of the layer's output over its kept sequences."""
+        return whole_loss(self.block, self.stored() | weights_of(drafts), self.lessons(), self.recipe.learned_tokens)
 
     def unfolded(self, target: Target, weight: Tensor) -> Tensor:
         """A folded weight as it acts in the unfolded layer."""
@@ -70,6 +89,8 @@ def refine(work: Refinement, drafts: dict[str, Draft]) -> list[Stage]:
     for name in work.recipe.rounding:
         if name in ROUNDINGS:
             stages.append((name, ROUNDINGS[name](work, stages[-1][1])))
+    if work.block is not None:
+        work.losses = {ingredient: work.loss(made) for ingredient, made in stages}
     return stages
 
 
@@ -102,25 +123,32 @@ def compensated(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:
     return made
 
 
+def corrected(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:
+    """down_proj rounded anew from a weight that makes up for the other linears; taken where the layer gains by it."""
+    made, recipe, stored = dict(drafts), work.recipe, work.stored()
+    down = {target.path: target for target in work.targets if target.site == SITE}
+    rounded = {name: one for name, one in drafts.items() if name not in {target.name for target in down.values()}}
+    for path, part in missing_parts(work.block, stored | weights_of(rounded), work.lessons()).items():
+        target, split = down[path], work.splits.get((path, SITE))
+        change = make_up(part)
+        if change is None or split is None:
+            continue
+        weight = stored[f"{target.name}.weight"]
+        trial = draft(weight + change, drafts[target.name].grid)
+        if recipe.clip != "none":
+            trial, *work.clips[target.name] = CLIPS[recipe.clip](trial, work.moments(split.judge, [target]), recipe)
+        if "gptq" in recipe.rounding:
+            trial = compensate(trial, work.moments(split.fit, [target]), recipe.damping)
+        if part.error(trial.weight() - weight) < part.error(drafts[target.name].weight() - weight):
+            made[target.name] = trial
+    return made
+
+
 def learned(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:
-    if work.block is None:
-        return drafts
-    names = {f"{target.name}.weight" for target in work.targets}
-    stored = {
-        key: value if key in names else value.to(torch.bfloat16).float()
-        for key, value in work.folded.items()
-    }  # fmt: skip
     job = Learning(
-        block=work.block,
-        source=work.source,
-        folded=stored,
-        counts=work.counts,
-        recipe=work.recipe,
-        seed=work.seed,
-    )
-    before = work.recipe.rounding[work.recipe.rounding.index("learned") - 1]
-    drafts, work.losses[before], work.losses["learned"] = learn(job, drafts)
-    return drafts
+        block=work.block, folded=work.stored(), taught=work.lessons(), recipe=work.recipe, seed=work.seed
+    )  # fmt: skip
+    return learn(job, drafts)[0]
 
 
-ROUNDINGS = {"gptq": compensated, "learned": learned}  # "nearest" is where all drafts start
+ROUNDINGS = {"gptq": compensated, "residual": corrected, "learned": learned}  # all drafts start from "nearest"

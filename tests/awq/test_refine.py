@@ -13,7 +13,8 @@ from lance_quant.awq.clip import CLIPS, group_blocks
 from lance_quant.awq.compensate import compensate, inverse_factor
 from lance_quant.awq.config import RecipeConfig
 from lance_quant.awq.grid import Grid
-from lance_quant.awq.learn import Learning, learn, lessons, turns
+from lance_quant.awq.learn import Learning, learn, turns
+from lance_quant.awq.lessons import lessons
 from lance_quant.awq.moments import split_rows
 from lance_quant.awq.rounding import draft
 from lance_quant.awq.score import SiteRows
@@ -132,7 +133,7 @@ def test_rows_of_a_block_are_what_its_linears_read():
 
 
 def learning(config, recipe, tensors, block) -> Learning:
-    return Learning(block=block, source=tensors, folded=tensors, counts={}, recipe=recipe, seed=0)
+    return Learning(block=block, folded=tensors, taught=lessons(block, tensors, {}), recipe=recipe, seed=0)
 
 
 def test_learned_rounding_lowers_its_own_loss_and_moves_nothing_exact():
@@ -173,7 +174,7 @@ def test_tasks_and_paths_count_alike_whatever_their_tokens():
     taught = lessons(block, tensors, {("t2i", "gen"): 2.0})
     cells = {}
     for lesson in taught:
-        change = (lesson.wanted - lesson.batch.states).square().sum(-1) * lesson.counts
+        change = lesson.wanted.square().sum(-1) * lesson.counts
         for path, at in (("und", ~lesson.batch.latent), ("gen", lesson.batch.latent)):
             if at.any():
                 cells[lesson.batch.tasks[0], path] = change[:, at].sum().item()
@@ -206,9 +207,9 @@ FAST = RecipeConfig(
     heldout=0.25,
     clip="group",
     clip_steps=4,
-    rounding=["gptq"],
+    rounding=["gptq", "residual"],
 )
-BEST = replace(FAST, name="best", rounding=["gptq", "learned"], learned_steps=8, learned_tokens=48)
+BEST = replace(FAST, name="best", rounding=["gptq", "residual", "learned"], learned_steps=8, learned_tokens=48)
 
 
 def correlated_sites(config):
@@ -245,9 +246,9 @@ def test_the_artifact_of_each_recipe(tmp_path, monkeypatch, recipe):
     assert list(linears.error_before) == list(each.loc[linears.name, "minmax"])
     assert list(linears.error_after) == list(each.loc[linears.name, recipe.rounding[-1]])
     whole = ingredients[ingredients.name == "layer"].set_index("ingredient").error
-    assert list(whole.index) == (["gptq", "learned"] if recipe is BEST else [])
-    if recipe is BEST:
-        assert whole.learned < whole.gptq
+    assert list(whole.index) == ["folds", "clip", *recipe.rounding]
+    assert whole["residual"] < whole["gptq"]
+    assert whole[recipe.rounding[-1]] <= whole["residual"]
 
 
 @pytest.mark.parametrize("recipe", [FAST, BEST], ids=lambda recipe: recipe.name)
@@ -265,7 +266,7 @@ def test_same_bytes_again(tmp_path, monkeypatch, recipe):
 
 @pytest.mark.parametrize("bits", [3, 5, 8])
 def test_bits(tmp_path, monkeypatch, bits):
-    _, summary = searched(tmp_path, monkeypatch, FAST, bits=bits)
+    _, summary = searched(tmp_path, monkeypatch, replace(FAST, rounding=["gptq"]), bits=bits)
     assert summary.error_after < summary.error_before
 
 

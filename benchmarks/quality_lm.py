@@ -1,0 +1,279 @@
+"""Recipes on a language model:  python benchmarks/quality_lm.py GGUF [--recipes minmax,published,awq,best]
+    [--group-size 64] [--seeds 0,1] [--calibration DIR] [--evaluation DIR] [--out results.jsonl]
+
+Writes the GGUF file (llama or qwen2 type) as a checkpoint of the text layout, and runs the product's own capture,
+search and pack on plain text for each recipe and seed; each packed folder is dequantized and its next-token
+distributions compared with the bf16 model's. Prints a row a run; --out appends them as JSON lines.
+
+Without DIRs of .txt or .md files the texts are those that lie in the Python installation (`plain_texts.py`). A seed
+draws the pieces of calibration text; what is evaluated is always the same. --recipes also takes the rows of ABLATION.
+The products of an evaluation run in float32 on weights rounded to bf16.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import yaml
+from gguf_checkpoint import write_checkpoint
+from meter import Meter
+from plain_texts import write_texts
+
+from lance_quant.awq.config import RecipeConfig
+from lance_quant.awq.pack import PackJob, pack
+from lance_quant.awq.search import LayerJob, search_layer
+from lance_quant.calibration.capture import capture
+from lance_quant.calibration.config import CalibrationConfig
+from lance_quant.calibration.samples import text_pieces
+from lance_quant.checkpoint.config import CheckpointConfig
+from lance_quant.checkpoint.fill import set_parameter
+from lance_quant.checkpoint.layout import Checkpoint, layer_prefix, open_checkpoint
+from lance_quant.checkpoint.native import unpack_nibbles
+from lance_quant.model.decoder import Decoder
+from lance_quant.model.lance import Lance, load_lance
+from lance_quant.model.prompts import load_tokenizer
+from lance_quant.model.routing import Routing
+from lance_quant.runtime.packed import PackedFolder
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = ROOT / "conf" / "recipe"
+PIECE = 512  # tokens
+BATCH = 8  # pieces at a time
+FOUR_FOLDS = ["input_norm", "post_attention_norm", "up_down", "v_o"]
+
+# label -> (recipe it starts from, what is changed): each row of a part adds to the one before it
+ABLATION = {
+    "nearest": ("best", {"folds": [], "clip": "none", "rounding": ["nearest"]}),
+    "two_folds": ("best", {"folds": FOUR_FOLDS[:2], "clip": "none", "rounding": ["nearest"]}),
+    "four_folds": ("best", {"clip": "none", "rounding": ["nearest"]}),
+    "four_folds_linear_clip": ("best", {"clip": "linear", "rounding": ["nearest"]}),
+    "four_folds_group_clip": ("best", {"rounding": ["nearest"]}),
+    "gptq_alone": ("best", {"folds": [], "clip": "none", "rounding": ["gptq"]}),
+    "gptq_folds": ("best", {"clip": "none", "rounding": ["gptq"]}),
+    "gptq_linear_clip": ("best", {"clip": "linear", "rounding": ["gptq"]}),
+    "gptq_no_folds": ("best", {"folds": [], "rounding": ["gptq"]}),
+    "gptq_all_rows": ("fast", {"heldout": 0.0}),
+    "learned_alone": ("best", {"folds": [], "clip": "none", "rounding": ["nearest", "learned"]}),
+    "learned_from_nearest": ("best", {"rounding": ["nearest", "learned"]}),
+    "learned_no_folds": ("best", {"folds": []}),
+    "learned_half": ("best", {"learned_steps": 50}),
+    "learned_twice": ("best", {"learned_steps": 200}),
+    "learned_fixed_ranges": ("best", {"range_rate": 0.0}),
+}
+
+
+def recipe_of(label: str) -> RecipeConfig:
+    """A recipe that ships or a row of `ABLATION`."""
+    base, changes = ABLATION.get(label, (label, {}))
+    file = RECIPES / f"{base}.yaml"
+    if not file.is_file():
+        known = ", ".join([path.stem for path in sorted(RECIPES.glob("*.yaml"))] + list(ABLATION))
+        sys.exit(f"--recipes has no '{label}'; choose from {known}")
+    return replace(RecipeConfig(**yaml.safe_load(file.read_text())), name=label, **changes)
+
+
+def text_config(name: str, path: Path, tokens: int, seed: int = 0, **changes) -> CalibrationConfig:
+    return CalibrationConfig(
+        name=name, source="text", path=str(path), samples=tokens // PIECE, text_tokens=PIECE, seed=seed, **changes
+    )
+
+
+@dataclass(frozen=True)
+class Held:
+    """Held-out pieces [n, tokens] and the bf16 model's last hidden states for them [n, tokens, H]."""
+
+    pieces: torch.Tensor
+    states: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Means over held-out tokens; kl_error: standard error of the mean, from the means of the pieces."""
+
+    tokens: int
+    kl: float
+    kl_error: float
+    top1: float
+    perplexity_bf16: float
+    perplexity: float
+
+
+def states_of(decoder: Decoder, pieces: torch.Tensor) -> torch.Tensor:
+    """Final-normed states of the understanding path."""
+    positions = torch.arange(pieces.shape[1], device=pieces.device).expand(3, -1)
+    spans = [(0, pieces.shape[1], "causal")]
+    parts = [decoder(decoder.embed_tokens(part), positions, Routing(), spans) for part in pieces.split(BATCH)]
+    return torch.cat(parts)
+
+
+def bf16_model(checkpoint: Checkpoint, device: str) -> Lance:
+    """Weights rounded to bf16, products in float32."""
+    lance = load_lance(checkpoint, device, torch.bfloat16).float()
+    lance.language_model.model.rope_inv_freq_bf16 = True  # as the bf16 model has it
+    return lance
+
+
+def put_packed(lance: Lance, folder: Path, layers: int) -> None:
+    """Replace the layers' weights by those of a packed folder, dequantized to bf16; norms and biases too."""
+    with PackedFolder(folder) as packed:
+        reader, device = packed.reader, lance.device
+        for name, weight in packed.weights.items():
+            codes = unpack_nibbles(reader.read(f"{name}.qweight").to(device)).unflatten(-1, (-1, weight.group_size))
+            scales, zeros = (reader.read(f"{name}.{part}").to(device).float() for part in ("scales", "zeros"))
+            value = ((codes - zeros[..., None]) * scales[..., None]).flatten(1)
+            set_parameter(lance, f"{name}.weight", value.to(torch.bfloat16).float())
+        names = set(packed.weights)
+        for key, _ in list(lance.named_parameters()):
+            if (
+                any(key.startswith(layer_prefix(layer)) for layer in range(layers))
+                and key[: -len(".weight")] not in names
+            ):
+                set_parameter(lance, key, reader.read(key).to(device).float())
+
+
+def score(lance: Lance, held: Held) -> Scores:
+    head = lance.language_model.lm_head.weight
+    states = states_of(lance.language_model.model, held.pieces)
+    kl, same, loss, loss_bf16 = [], [], [], []
+    for ids, bf16, ours in zip(held.pieces, held.states, states, strict=True):
+        p, q = ((part[:-1] @ head.T).log_softmax(-1) for part in (bf16, ours))
+        kl.append((p.exp() * (p - q)).sum(-1).double().mean().item())
+        same.append((p.argmax(-1) == q.argmax(-1)).double().mean().item())
+        for part, into in ((p, loss_bf16), (q, loss)):
+            into.append(-part.gather(-1, ids[1:, None]).double().mean().item())
+    mean = torch.tensor([kl, same, loss_bf16, loss], dtype=torch.float64)
+    return Scores(
+        tokens=held.pieces.shape[0] * (held.pieces.shape[1] - 1),
+        kl=mean[0].mean().item(),
+        kl_error=(mean[0].std() / math.sqrt(len(kl))).item(),
+        top1=mean[1].mean().item(),
+        perplexity_bf16=math.exp(mean[2].mean()),
+        perplexity=math.exp(mean[3].mean()),
+    )
+
+
+def quantize(checkpoint: Checkpoint, captured: Path, recipe: RecipeConfig, args, seed: int, work: Path) -> Path:
+    """Search and pack into a folder inside `work`."""
+    folders = []
+    for layer in range(checkpoint.config.num_hidden_layers):
+        folder = work / f"layer{layer}"
+        folder.mkdir(parents=True)
+        job = LayerJob(
+            checkpoint=checkpoint,
+            layer=layer,
+            capture=captured if recipe.needs_capture else None,
+            recipe=recipe,
+            group_size=args.group_size,
+            bits=args.bits,
+            seed=seed,
+        )
+        search_layer(job, folder, args.device)
+        folders.append(folder)
+        print(f"\r{recipe.name}: layer {layer + 1} of {checkpoint.config.num_hidden_layers}", end="", file=sys.stderr)
+    print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
+    job = PackJob(
+        checkpoint=checkpoint,
+        layers=folders,
+        recipe=recipe,
+        group_size=args.group_size,
+        bits=args.bits,
+        tasks_calibrated=["text"],
+    )
+    out = work / "packed"
+    out.mkdir()
+    pack(job, out)
+    return out
+
+
+@torch.no_grad()
+def main(args) -> None:
+    recipes = [recipe_of(label) for label in args.recipes.split(",")]
+    with tempfile.TemporaryDirectory(dir=args.work) as scratch:
+        work = Path(scratch)
+        write_checkpoint(args.gguf, work / "model")
+        texts = write_texts(work / "texts")
+        places = [
+            Path(given) if given else text
+            for given, text in zip((args.calibration, args.evaluation), texts, strict=True)
+        ]
+        checkpoint = open_checkpoint(CheckpointConfig(name="text", path=str(work / "model")))
+        config = checkpoint.config
+        print(
+            f"{Path(args.gguf).name}: {config.num_hidden_layers} layers, hidden {config.hidden_size}, "
+            f"{config.num_attention_heads}/{config.num_key_value_heads} heads; {args.bits} bits, group size "
+            f"{args.group_size}, {args.calibration_tokens} calibration tokens, on {args.device}"
+        )
+        pieces = text_pieces(load_tokenizer(checkpoint.folder), text_config("eval", places[1], args.evaluation_tokens))
+        pieces = torch.tensor(pieces, device=args.device)
+        lance = bf16_model(checkpoint, args.device)
+        held = Held(pieces, states_of(lance.language_model.model, pieces))
+        print(HEADER)
+        for seed in map(int, args.seeds.split(",")):
+            captured = work / f"capture{seed}"
+            captured.mkdir()
+            kept = {"rows_per_site": args.rows, "sequences": 10**6, "sequence_tokens": 10**9}
+            capture(
+                checkpoint, text_config("text", places[0], args.calibration_tokens, seed, **kept), captured, args.device
+            )
+            for recipe in recipes:
+                started = time.monotonic()
+                with Meter() as meter:
+                    packed = quantize(checkpoint, captured, recipe, args, seed, work / "run")
+                seconds = time.monotonic() - started
+                put_packed(lance, packed, config.num_hidden_layers)
+                row = {"model": Path(args.gguf).name, "recipe": recipe.name, "seed": seed, "bits": args.bits}
+                row |= {"group_size": args.group_size, **asdict(score(lance, held)), "seconds": round(seconds, 1)}
+                row |= {"host_bytes": meter.host_bytes, "gpu_bytes": meter.gpu_bytes, "device": args.device}
+                tell(row, args.out)
+                shutil.rmtree(work / "run")
+            shutil.rmtree(captured)
+
+
+HEADER = (
+    "| recipe | seed | mean KL | +- | top-1 | perplexity | change | seconds | peak memory GB |\n"
+    "|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def tell(row: dict, out: Path | None) -> None:
+    change = row["perplexity"] / row["perplexity_bf16"] - 1
+    memory = f"{row['host_bytes'] / 1e9:.2f}"
+    if row["gpu_bytes"]:
+        memory += f" + {row['gpu_bytes'] / 1e9:.2f} GPU"
+    print(
+        f"| {row['recipe']} | {row['seed']} | {row['kl']:.4f} | {row['kl_error']:.4f} | {row['top1']:.4f} | "
+        f"{row['perplexity']:.3f} | {change:+.2%} | {row['seconds']:.0f} | {memory} |",
+        flush=True,
+    )
+    if out:
+        with out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("gguf", type=Path)
+    parser.add_argument("--recipes", default="minmax,published,awq,best")
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--calibration", help="folder of .txt or .md files")
+    parser.add_argument("--evaluation", help="folder of .txt or .md files")
+    parser.add_argument("--calibration-tokens", type=int, default=16384)
+    parser.add_argument("--evaluation-tokens", type=int, default=20480)
+    parser.add_argument("--rows", type=int, default=2048, help="rows captured of a site, beside the sequences")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--work", type=Path, help="where the working folder goes")
+    parser.add_argument("--out", type=Path, help="JSON lines, appended")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main(arguments())

@@ -1,0 +1,68 @@
+"""`lessons`: what a layer should put out for its kept sequences, and what each token of them counts.
+
+Inputs and targets are the float model's, so that a layer knows nothing of the others.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lance_quant.awq.block import Batch, Block
+from lance_quant.awq.score import TINY
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A batch with the float layer's output [B, n, H] and what each token's squared error counts [B, n]."""
+
+    batch: Batch
+    wanted: Tensor
+    counts: Tensor
+
+
+def lessons(block: Block, source: dict[str, Tensor], weights: dict[tuple[str, str], float]) -> list[Lesson]:
+    """What the float layer makes of its kept sequences. weights: (task, path) -> what it counts.
+
+    A token's error is relative to its own state, as the norms behind the layer see it; tokens of a cell count alike.
+    """
+    wanted = [block.outputs(source, batch) for batch in block.batches]
+    tokens: dict[tuple[str, str], int] = {}
+    for batch in block.batches:
+        for task, path, at in cells(batch):
+            tokens[task, path] = tokens.get((task, path), 0) + int(at.sum())
+    total = sum(weights.get(cell, 1.0) for cell in tokens)
+    made = []
+    for batch, out in zip(block.batches, wanted, strict=True):
+        counts = torch.zeros(out.shape[:2], device=out.device)
+        for task, path, at in cells(batch):
+            counts[at] = weights.get((task, path), 1.0) / (total * tokens[task, path])
+        made.append(Lesson(batch, out, counts / out.square().sum(-1).clamp(min=TINY)))
+    return made
+
+
+def cells(batch: Batch) -> Iterator[tuple[str, str, Tensor]]:
+    """(task, path, bool [B, n]) of the tokens that weigh in together."""
+    for task in dict.fromkeys(batch.tasks):
+        rows = torch.tensor([one == task for one in batch.tasks], device=batch.latent.device)
+        for path, at in (("und", ~batch.latent), ("gen", batch.latent)):
+            if at.any():
+                yield task, path, rows[:, None] & at[None, :]
+
+
+def loss_of(block: Block, tensors: dict[str, Tensor], lesson: Lesson, rows: Sequence[int]) -> Tensor:
+    """Relative squared error in the layer's output over some rows of a lesson."""
+    out = block.outputs(tensors, lesson.batch.part(rows))
+    return ((out.float() - lesson.wanted[rows]).square().sum(-1) * lesson.counts[rows]).sum()
+
+
+@torch.no_grad()
+def whole_loss(block: Block, tensors: dict[str, Tensor], taught: Sequence[Lesson], most: int) -> float:
+    """Over all sequences, `most` tokens at a time."""
+    total = 0.0
+    for lesson in taught:
+        count, length = lesson.counts.shape
+        for rows in torch.arange(count).split(max(1, most // length)):
+            total += loss_of(block, tensors, lesson, rows.tolist()).item()
+    return total
