@@ -44,6 +44,11 @@ class Place:
     def photographs(self) -> list[Photograph]:
         return photographs(self.held_out)
 
+    @property
+    def first_edit(self) -> int:
+        """The held-out photographs begin elsewhere in the table: the first ones are black and white already."""
+        return 4 if self.held_out else 0
+
     def size(self, ratios: Sequence[float]) -> tuple[int, int]:
         """(width, height), multiples of 16 within the budget: every ratio with every kind in time."""
         return bucket(ratios[(self.index + self.index // len(ratios)) % len(ratios)], self.edge)
@@ -130,7 +135,7 @@ def _image_edit(place: Place) -> Request:
             target=(landscapes.paint(changed, size),),
         )
     image = open_photograph(place.photographs[turn % len(place.photographs)])
-    instruction, change = edit(turn, place.rng)
+    instruction, change = edit(place.first_edit + turn, place.rng)
     return _named(place, prompt=instruction, image=image, target=(change(image),))
 
 
@@ -163,7 +168,7 @@ def _video_edit(place: Place) -> Request:
         instruction, changed = possible[turn % len(possible)]
         target = shoot(changed, clip.frames[0].size, len(clip.frames))
     else:
-        instruction, change = edit(turn, place.rng)
+        instruction, change = edit(place.first_edit + turn, place.rng)
         target = tuple(change(frame) for frame in clip.frames)
     return _named(place, prompt=instruction, video=clip.frames, target=target, frames=len(clip.frames))
 
