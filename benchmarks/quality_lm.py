@@ -173,6 +173,7 @@ def quantize(checkpoint: Checkpoint, captured: Path, recipe: RecipeConfig, args,
             group_size=args.group_size,
             bits=args.bits,
             seed=seed,
+            before=folders[-1] if folders and recipe.sequential else None,
         )
         search_layer(job, folder, args.device)
         folders.append(folder)

@@ -18,7 +18,7 @@ from tasks.evaluate import baseline, evaluate
 from tasks.load import load
 from tasks.pack import pack
 from tasks.report import MODEL, Measured, report
-from tasks.search import every_layer, search
+from tasks.search import every_layer, search_layers
 from tasks.stage import Devices, Stopped
 from tasks.store import Artifact, Store
 
@@ -43,8 +43,7 @@ def full_run(cfg: RunConfig) -> Outcome:
     checkpoint, seen = in_order(loaded, captured)
     require_coverage(cfg, seen)
 
-    layers = range(checkpoint.summary["layers"])
-    searched = [search.submit(cfg, layer, loaded, captured, devices) for layer in layers]
+    searched = search_layers(cfg, checkpoint.summary["layers"], loaded, captured, devices)
     reference = baseline.submit(cfg, loaded, devices)
     every_layer(searched)
     packed = pack.submit(cfg, loaded, searched)

@@ -7,6 +7,7 @@ from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.exceptions import UnfinishedRun
 from prefect.futures import PrefectFuture
 
 from lance_quant.checkpoint.layout import open_checkpoint
@@ -30,13 +31,21 @@ def may_pass(task: Any, run: Any, state: Any) -> bool:
     retry_delay_seconds=1,
     retry_condition_fn=may_pass,
 )
-def search(cfg: RunConfig, layer: int, loaded: Artifact, captured: Artifact, devices: Devices) -> Artifact:
-    """A recipe that looks at no activations is not tied to a capture."""
+def search(
+    cfg: RunConfig,
+    layer: int,
+    loaded: Artifact,
+    captured: Artifact,
+    devices: Devices,
+    before: Artifact | None = None,
+) -> Artifact:
+    """A recipe that looks at no activations is not tied to a capture. before: the layer before, of sequential ones."""
     from_capture = cfg.recipe.needs_capture
+    upstream = {"load": loaded.key} | ({"capture": captured.key} if from_capture else {})
     identity = Identity(
         stage="search",
         revision=REVISION,
-        upstream={"load": loaded.key} | ({"capture": captured.key} if from_capture else {}),
+        upstream=upstream | ({"before": before.key} if before else {}),
         config={"layer": layer, "recipe": read_fields(cfg.recipe), "group_size": cfg.group_size}
         | {"bits": cfg.bits, "seed": cfg.seed},
     )
@@ -54,10 +63,22 @@ def search(cfg: RunConfig, layer: int, loaded: Artifact, captured: Artifact, dev
                 group_size=cfg.group_size,
                 bits=cfg.bits,
                 seed=cfg.seed,
+                before=before.path if before else None,
             )
             return asdict(library.search_layer(job, out, device))
 
     return as_state(Store(cfg.artifacts).keep(identity, build))
+
+
+def search_layers(
+    cfg: RunConfig, layers: int, loaded: PrefectFuture, captured: PrefectFuture, devices: Devices
+) -> list[PrefectFuture]:
+    """Every layer's search: side by side, or one after another where the recipe is sequential."""
+    searched: list[PrefectFuture] = []
+    for layer in range(layers):
+        before = searched[-1] if searched and cfg.recipe.sequential else None
+        searched.append(search.submit(cfg, layer, loaded, captured, devices, before))
+    return searched
 
 
 class LayersFailed(LanceQuantError):
@@ -72,7 +93,8 @@ def every_layer(futures: Sequence[PrefectFuture]) -> list[Artifact]:
     failed = {layer: result for layer, result in enumerate(results) if isinstance(result, BaseException)}
     if failed:
         first = next(iter(failed.values()))
-        if all(isinstance(fault, LanceQuantError) for fault in failed.values()):
+        # a sequential recipe's later layers never ran
+        if all(isinstance(fault, LanceQuantError | UnfinishedRun) for fault in failed.values()):
             raise first
         raise LayersFailed(
             f"search failed in {'layers' if len(failed) > 1 else 'layer'} {', '.join(map(str, failed))} of "

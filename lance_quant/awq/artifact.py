@@ -1,9 +1,10 @@
-"""The search artifact of one layer, and what it is made of: four files, tables as Parquet.
+"""The search artifact of one layer, and what it is made of: tables as Parquet, tensors as safetensors.
 
     layer.safetensors     <linear>.qweight .scales .zeros, folded norms and biases, scale.<path>.<fold>
     losses.parquet        the loss of every scale that was tried
     linears.parquet       a row a linear: how it was scaled, clipped and rounded, its error before and after
     ingredients.parquet   a row a linear and ingredient: its error from there on
+    prefix.safetensors    of sequential recipes: each kept sequence as it leaves the rounded layer, bf16
 
 Errors of linears are those of their own outputs on float inputs; learned rounding, which answers for the whole layer,
 may raise one linear's to lower the layer's.
@@ -27,6 +28,7 @@ LAYER_FILE = "layer.safetensors"
 LOSSES_FILE = "losses.parquet"
 LINEARS_FILE = "linears.parquet"
 INGREDIENTS_FILE = "ingredients.parquet"
+PREFIX_FILE = "prefix.safetensors"
 IDENTITY = "identity"  # the family of the scale that is 1 everywhere
 
 LOSSES = pa.schema(

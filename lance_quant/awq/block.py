@@ -8,7 +8,7 @@ Float32 throughout, or bfloat16 products under `autocast`; rotary frequencies ar
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,15 +24,21 @@ from lance_quant.model.routing import Routing
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of one shape: states float32 [B, n, H], what the layer is to know of them, and each one's task."""
+    """Sequences of one shape: states float32 [B, n, H], what the layer is to know of them, their tasks and numbers."""
 
     states: Tensor
     call: Call
     latent: Tensor
     tasks: tuple[str, ...]
+    numbers: tuple[int, ...]
 
     def part(self, rows: Sequence[int]) -> "Batch":
-        return Batch(self.states[list(rows)], self.call, self.latent, tuple(self.tasks[row] for row in rows))
+        return replace(
+            self,
+            states=self.states[list(rows)],
+            tasks=tuple(self.tasks[row] for row in rows),
+            numbers=tuple(self.numbers[row] for row in rows),
+        )
 
 
 class Block:
@@ -45,17 +51,35 @@ class Block:
         self._prefix = layer_prefix(layer)
         decoder = bare_decoder(config)
         decoder.rope_inv_freq_bf16 = True
-        groups: dict[tuple, list[KeptSequence]] = {}
-        for one in sequences:
+        groups: dict[tuple, list[int]] = {}
+        for number, one in enumerate(sequences):
             key = (one.spans, one.positions.numpy().tobytes(), one.latent.numpy().tobytes())
-            groups.setdefault(key, []).append(one)
-        self.batches = [self._batch(decoder, group) for group in groups.values()]
+            groups.setdefault(key, []).append(number)
+        self.batches = [self._batch(decoder, sequences, numbers) for numbers in groups.values()]
 
-    def _batch(self, decoder, group: list[KeptSequence]) -> Batch:
+    def _batch(self, decoder, sequences: Sequence[KeptSequence], numbers: list[int]) -> Batch:
+        group = [sequences[number] for number in numbers]
         states = torch.stack([one.states for one in group]).to(self.device).float()
         routing = Routing.of(group[0].latent).to(self.device)
         call = decoder.call(states, group[0].positions.to(self.device), routing, group[0].spans)
-        return Batch(states, call, group[0].latent.to(self.device), tuple(one.task for one in group))
+        tasks = tuple(one.task for one in group)
+        return Batch(states, call, group[0].latent.to(self.device), tasks, tuple(numbers))
+
+    def enter(self, states: dict[int, Tensor]) -> None:
+        """Let other states [n, H] enter the layer: sequence number -> what earlier layers, rounded, make of it."""
+        self.batches = [
+            replace(batch, states=torch.stack([states[number] for number in batch.numbers]).to(self.device).float())
+            for batch in self.batches
+        ]
+
+    @torch.no_grad()
+    def leave(self, tensors: dict[str, Tensor]) -> dict[int, Tensor]:
+        """Sequence number -> what the layer makes of it, bfloat16 [n, H] on the CPU."""
+        out = {}
+        for batch in self.batches:
+            for row, number in enumerate(batch.numbers):
+                out[number] = self.outputs(tensors, batch.part([row]))[0].to("cpu", torch.bfloat16)
+        return out
 
     def outputs(self, tensors: dict[str, Tensor], batch: Batch) -> Tensor:
         """What the layer with `tensors` (keys as in the source file) puts out: [B, n, H]."""

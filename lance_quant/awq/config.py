@@ -32,6 +32,8 @@ class RecipeConfig:
     damping: share of the mean second moment), "residual" (down_proj makes up for the other linears), "learned" (on the
     kept sequences: learned_steps steps of about learned_tokens tokens; learned_rate, range_rate: first step of offsets,
     in codes, and of the ends of ranges, in shares).
+    sequential: the states that enter a layer's kept sequences are those that the layers before, rounded, make of them;
+    what should come out stays the float model's. Layers then follow one another instead of fanning out.
     """
 
     name: str = "awq"
@@ -54,6 +56,7 @@ class RecipeConfig:
     learned_tokens: int = 2048
     learned_rate: float = 0.01
     range_rate: float = 0.01
+    sequential: bool = False
 
     def __post_init__(self) -> None:
         known = {"scoring": SCORINGS, "folds": FOLD_NAMES, "families": FAMILIES, "evidence": EVIDENCE}
@@ -102,7 +105,7 @@ class RecipeConfig:
 
     @property
     def needs_sequences(self) -> bool:
-        return "sequences" in self.evidence or bool({"residual", "learned"} & set(self.rounding))
+        return self.sequential or "sequences" in self.evidence or bool({"residual", "learned"} & set(self.rounding))
 
 
 def one_of(what: str, values: list[str], known: tuple[str, ...]) -> None:

@@ -13,7 +13,7 @@ from lance_quant.awq.clip import CLIPS
 from lance_quant.awq.compensate import compensate
 from lance_quant.awq.config import RecipeConfig
 from lance_quant.awq.learn import Learning, learn, weights_of
-from lance_quant.awq.lessons import Lesson, lessons, whole_loss
+from lance_quant.awq.lessons import Lesson, whole_loss
 from lance_quant.awq.moments import Split, second_moments
 from lance_quant.awq.residual import SITE, make_up, missing_parts
 from lance_quant.awq.rounding import Draft, draft, rows_of, stacked
@@ -26,8 +26,8 @@ class Refinement:
     """A folded layer on its way to codes.
 
     source, folded: source key -> float32; columns: linear -> what folds multiplied its columns by [I], rows: its rows
-    [O]; splits: (path, site) -> captured inputs; counts: (task, path) -> what it counts; block: None without kept
-    sequences. clips: linear -> mean shares of its ends that are kept; losses: of the whole layer on its kept sequences.
+    [O]; splits: (path, site) -> captured inputs; block, taught: None and empty without kept sequences. clips: linear ->
+    mean shares of its ends that are kept; losses: ingredient -> of the whole layer on its kept sequences.
     """
 
     targets: list[Target]
@@ -38,11 +38,10 @@ class Refinement:
     columns: dict[str, Tensor]
     rows: dict[str, Tensor]
     splits: dict[tuple[str, str], Split]
-    counts: dict[tuple[str, str], float]
     block: Block | None
+    taught: list[Lesson]
     clips: dict[str, tuple[float, float]] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
-    taught: list[Lesson] | None = None
 
     def sites(self) -> list[tuple[Split, list[Target]]]:
         """Captured inputs with the linears that read them."""
@@ -64,14 +63,9 @@ class Refinement:
             key: value if key in weights else value.to(torch.bfloat16).float() for key, value in self.folded.items()
         }
 
-    def lessons(self) -> list[Lesson]:
-        if self.taught is None:
-            self.taught = lessons(self.block, self.source, self.counts)
-        return self.taught
-
     def loss(self, drafts: dict[str, Draft]) -> float:
         """Mean relative squared error of the layer's output over its kept sequences."""
-        return whole_loss(self.block, self.stored() | weights_of(drafts), self.lessons(), self.recipe.learned_tokens)
+        return whole_loss(self.block, self.stored() | weights_of(drafts), self.taught, self.recipe.learned_tokens)
 
     def unfolded(self, target: Target, weight: Tensor) -> Tensor:
         """A folded weight as it acts in the unfolded layer."""
@@ -128,7 +122,7 @@ def corrected(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:
     made, recipe, stored = dict(drafts), work.recipe, work.stored()
     down = {target.path: target for target in work.targets if target.site == SITE}
     rounded = {name: one for name, one in drafts.items() if name not in {target.name for target in down.values()}}
-    for path, part in missing_parts(work.block, stored | weights_of(rounded), work.lessons()).items():
+    for path, part in missing_parts(work.block, stored | weights_of(rounded), work.taught).items():
         target, split = down[path], work.splits.get((path, SITE))
         change = make_up(part)
         if change is None or split is None:
@@ -146,7 +140,7 @@ def corrected(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:
 
 def learned(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:
     job = Learning(
-        block=work.block, folded=work.stored(), taught=work.lessons(), recipe=work.recipe, seed=work.seed
+        block=work.block, folded=work.stored(), taught=work.taught, recipe=work.recipe, seed=work.seed
     )  # fmt: skip
     return learn(job, drafts)[0]
 

@@ -22,6 +22,7 @@ from lance_quant.awq.artifact import (
     LAYER_FILE,
     LINEARS,
     LINEARS_FILE,
+    PREFIX_FILE,
     FoundScale,
     LayerResult,
     LayerSummary,
@@ -31,6 +32,7 @@ from lance_quant.awq.artifact import (
 from lance_quant.awq.block import Block
 from lance_quant.awq.config import RecipeConfig
 from lance_quant.awq.grid import Grid, grid_of, quantize
+from lance_quant.awq.lessons import Lesson, lessons
 from lance_quant.awq.limits import check_bits, check_group_size, fallback_group
 from lance_quant.awq.moments import Split, split_rows
 from lance_quant.awq.refine import Refinement, Stage, refine
@@ -51,6 +53,7 @@ from lance_quant.checkpoint.layout import (
 )
 from lance_quant.checkpoint.native import FOLDED, PLAIN, UNSEEN
 from lance_quant.checkpoint.reader import TensorReader
+from lance_quant.checkpoint.writer import TensorSpec, TensorWriter
 from lance_quant.errors import LanceQuantError
 
 __all__ = ["INGREDIENTS", "LAYER_FILE", "LINEARS", "LINEARS_FILE", "LayerJob", "search_layer"]
@@ -60,7 +63,8 @@ __all__ = ["INGREDIENTS", "LAYER_FILE", "LINEARS", "LINEARS_FILE", "LayerJob", "
 class LayerJob:
     """One unit of search. capture: the capture artifact's folder, None for recipes that need none.
 
-    seed: of the order in which learned rounding sees the kept sequences; the other ingredients draw nothing.
+    before: the search artifact of the layer before, for sequential recipes. seed: of the order in which learned
+    rounding sees the kept sequences; the other ingredients draw nothing.
     """
 
     checkpoint: Checkpoint
@@ -70,19 +74,19 @@ class LayerJob:
     group_size: int
     bits: int = 4
     seed: int = 0
+    before: Path | None = None
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is known of a layer's inputs: evidence that choices are made by, rows that rounding makes up for, sequences.
-
-    counts: (task, path) -> what it counts.
+    """What is known of a layer's inputs: evidence that choices are made by, rows that rounding makes up for, and its
+    kept sequences with what should come out of them.
     """
 
     judged: Evidence = field(default_factory=Evidence)
     splits: dict[tuple[str, str], Split] = field(default_factory=dict)
-    counts: dict[tuple[str, str], float] = field(default_factory=dict)
     block: Block | None = None
+    taught: list[Lesson] = field(default_factory=list)
 
     @classmethod
     def of(cls, known: Evidence) -> "Inputs":
@@ -202,8 +206,8 @@ def refinement(
         columns=columns,
         rows=rows,
         splits=inputs.splits,
-        counts=inputs.counts,
         block=inputs.block,
+        taught=inputs.taught,
     )
 
 
@@ -281,7 +285,7 @@ def read_inputs(job: LayerJob, tensors: dict[str, Tensor], device: str) -> Input
     """What the recipe looks at of the layer's capture. Raises LanceQuantError where wanted sequences are missing."""
     recipe = job.recipe
     sites = read_layer(job.capture, job.layer)
-    block = None
+    block, taught = None, []
     if recipe.needs_sequences:
         sequences = read_sequences(job.capture, job.layer)
         if not sequences:
@@ -289,8 +293,12 @@ def read_inputs(job: LayerJob, tensors: dict[str, Tensor], device: str) -> Input
                 f"recipe {recipe.name} runs kept sequences and the capture has none: set calibration.sequences=2"
             )
         block = Block(job.checkpoint.config, job.layer, sequences, device)
+        counts = {(task, key[0]): weight for key, site in sites.items() for task, weight in site.weights.items()}
+        taught = lessons(block, tensors, counts)
+        if recipe.sequential and job.layer:
+            block.enter(read_prefix(job))
     if recipe.evidence == ["rows"]:
-        return gather(job, sites, block, device)
+        return gather(job, sites, block, taught, device)
     computed = block.site_rows(tensors)
     whole = {}
     for key, site in sites.items():
@@ -299,16 +307,34 @@ def read_inputs(job: LayerJob, tensors: dict[str, Tensor], device: str) -> Input
         if "rows" in recipe.evidence and len(site.rows):
             rows, tasks = torch.cat([site.rows, rows]) if len(rows) else site.rows, [*site.row_tasks, *tasks]
         whole[key] = replace(site, rows=rows, row_tasks=tasks)
-    return gather(job, whole, block, device)
+    return gather(job, whole, block, taught, device)
 
 
-def gather(job: LayerJob, sites: dict[tuple[str, str], SiteActivations], block: Block | None, device: str) -> Inputs:
+def gather(
+    job: LayerJob, sites: dict[tuple[str, str], SiteActivations], block: Block | None, taught: list[Lesson], device: str
+) -> Inputs:
     targets = layer_targets(job.checkpoint.config, job.layer)
     known = evidence(sites, targets, by_token=job.recipe.scoring == "synthetic", device=device)
     splits = {key: split_rows(rows, job.recipe.heldout) for key, rows in known.rows.items()}
     judged = Evidence(known.mean_abs, {key: split.judge for key, split in splits.items()})
-    counts = {(task, key[0]): weight for key, site in sites.items() for task, weight in site.weights.items()}
-    return Inputs(judged, splits, counts, block)
+    return Inputs(judged, splits, block, taught)
+
+
+def read_prefix(job: LayerJob) -> dict[int, Tensor]:
+    """What the layer before, rounded, left of each kept sequence. Raises LanceQuantError where it is not there."""
+    if job.before is None:
+        raise LanceQuantError(
+            f"recipe {job.recipe.name} is sequential: give search the artifact of layer {job.layer - 1}"
+        )
+    with TensorReader(job.before / PREFIX_FILE) as reader:
+        return {int(name): reader.read(name) for name in reader.names()}
+
+
+def write_prefix(states: dict[int, Tensor], out: Path) -> None:
+    specs = [TensorSpec(str(number), "BF16", tuple(state.shape)) for number, state in states.items()]
+    with TensorWriter(out / PREFIX_FILE, specs) as writer:
+        for spec in writer.specs:
+            writer.write(spec.name, states[int(spec.name)])
 
 
 @torch.no_grad()
@@ -327,4 +353,9 @@ def search_layer(job: LayerJob, out: Path, device: str) -> LayerSummary:
     tensors = read_tensors(job, device)
     inputs = read_inputs(job, tensors, device) if job.capture is not None else Inputs()
     folds = resolve(job.checkpoint.config, job.layer, job.recipe.folds)
-    return write_layer(job.layer, job.bits, quantize_layer(tensors, folds, inputs, job), out)
+    result = quantize_layer(tensors, folds, inputs, job)
+    if job.recipe.sequential:
+        rounded = {f"{name}.weight": one.dequantize() for name, one in result.rounded.items()}
+        folded = {key: value.float() for key, value in result.folded_tensors.items()}
+        write_prefix(inputs.block.leave(tensors | folded | rounded), out)
+    return write_layer(job.layer, job.bits, result, out)

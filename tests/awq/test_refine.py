@@ -6,6 +6,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import lance_quant.awq.search as search
 from lance_quant.awq.block import Block
@@ -212,8 +213,8 @@ FAST = RecipeConfig(
 BEST = replace(FAST, name="best", rounding=["gptq", "residual", "learned"], learned_steps=8, learned_tokens=48)
 
 
-def correlated_sites(config):
-    sites = random_sites(config, outliers=9.0)
+def correlated_sites(config, layer=0):
+    sites = random_sites(config, layer, outliers=9.0)
     for index, (key, site) in enumerate(sites.items()):
         width = site.rows.shape[1]
         mix = torch.randn(width, width, generator=torch.Generator().manual_seed(index)) + 2 * torch.eye(width)
@@ -279,3 +280,30 @@ def test_a_capture_without_sequences_is_refused_by_name(tmp_path, monkeypatch):
         search_layer(
             LayerJob(checkpoint=checkpoint, layer=0, capture=tmp_path, recipe=BEST, group_size=16), tmp_path, "cpu"
         )
+
+
+def test_a_sequential_recipe_goes_on_where_the_layer_before_ended(tmp_path, monkeypatch):
+    config = small_config(layers=2)
+    checkpoint = random_checkpoint(tmp_path / "model", config)
+    monkeypatch.setattr(search, "read_layer", lambda folder, layer: correlated_sites(config, layer))
+    recipe = replace(FAST, name="chain", sequential=True)
+    kept = random_sequences(config)
+    tensors = {k: v for k, v in load_file(checkpoint.model_file).items() if ".layers.0." in k}
+    float_layer = Block(config, 0, kept, "cpu").leave(tensors)
+    after = [replace(one, states=float_layer[number]) for number, one in enumerate(kept)]
+    monkeypatch.setattr(search, "read_sequences", lambda folder, layer: [kept, after][layer])
+    folders = [tmp_path / "0", tmp_path / "1"]
+    job = LayerJob(checkpoint=checkpoint, layer=0, capture=tmp_path, recipe=recipe, group_size=16)
+    for folder in folders:
+        folder.mkdir()
+    search_layer(job, folders[0], "cpu")
+    left = load_file(folders[0] / "prefix.safetensors")
+    assert set(left) == {str(number) for number in range(len(kept))}
+    off = [(left[str(n)].float() - float_layer[n].float()).norm() / float_layer[n].float().norm() for n in float_layer]
+    assert 0 < max(off) < 0.2
+    with pytest.raises(LanceQuantError, match="recipe chain is sequential: give search the artifact of layer 0"):
+        search_layer(replace(job, layer=1), folders[1], "cpu")
+    search_layer(replace(job, layer=1, before=folders[0]), folders[1], "cpu")
+    ingredients = pd.read_parquet(folders[1] / "ingredients.parquet")
+    whole = ingredients[ingredients.name == "layer"].set_index("ingredient").error
+    assert whole["residual"] < whole["gptq"]  # against what the float model puts out

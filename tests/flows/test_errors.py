@@ -146,7 +146,7 @@ def test_help_needs_no_server():
         [sys.executable, "-m", "flows.full_run", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=20
     )
     assert done.returncode == 0
-    assert "recipe: awq, minmax, published" in done.stdout
+    assert "recipe: awq, best, fast, minmax, published" in done.stdout
 
 
 def test_schedule_without_a_server_says_what_to_do():
