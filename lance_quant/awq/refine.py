@@ -89,13 +89,23 @@ def refine(work: Refinement, drafts: dict[str, Draft]) -> list[Stage]:
 
 
 def clipped(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:
+    """Linear by linear; one whose outputs are no closer by it keeps its whole range."""
     clip, made = CLIPS[work.recipe.clip], dict(drafts)
     for split, linears in work.sites():
-        moments = work.moments(split.judge, linears)
+        moments = work.moments(split.fit, linears)
         for target in linears:
-            made[target.name], below, above = clip(drafts[target.name], moments, work.recipe)
-            work.clips[target.name] = (below, above)
+            trial, below, above = clip(drafts[target.name], moments, work.recipe)
+            helps = closer(work, target, split, drafts[target.name], trial)
+            made[target.name] = trial if helps else drafts[target.name]
+            work.clips[target.name] = (below, above) if helps else (1.0, 1.0)
     return made
+
+
+def closer(work: Refinement, target: Target, split: Split, was: Draft, trial: Draft) -> bool:
+    """Whether a linear's outputs on the rows that choices are made by are closer to the float ones."""
+    error = OutputError(work.weight(target), split.judge)
+    before, after = (error(work.unfolded(target, one.weight()) - work.weight(target)) for one in (was, trial))
+    return after < before
 
 
 def compensated(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:
@@ -108,11 +118,7 @@ def compensated(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:
         for target in linears:
             trial = rows_of(together, start, start + target.out_features)
             start += target.out_features
-            error = OutputError(work.weight(target), split.judge)
-            was, is_ = (
-                error(work.unfolded(target, one.weight()) - work.weight(target)) for one in (drafts[target.name], trial)
-            )
-            if is_ < was:
+            if closer(work, target, split, drafts[target.name], trial):
                 made[target.name] = trial
     return made
 
@@ -130,7 +136,7 @@ def corrected(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:
         weight = stored[f"{target.name}.weight"]
         trial = draft(weight + change, drafts[target.name].grid)
         if recipe.clip != "none":
-            trial, *work.clips[target.name] = CLIPS[recipe.clip](trial, work.moments(split.judge, [target]), recipe)
+            trial, *work.clips[target.name] = CLIPS[recipe.clip](trial, work.moments(split.fit, [target]), recipe)
         if "gptq" in recipe.rounding:
             trial = compensate(trial, work.moments(split.fit, [target]), recipe.damping)
         if part.error(trial.weight() - weight) < part.error(drafts[target.name].weight() - weight):

@@ -13,7 +13,7 @@ from torch import Tensor
 from lance_quant.awq.block import Block
 from lance_quant.awq.lessons import Lesson
 
-RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # shares of the mean second moment
+RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # shares of the mean second moment
 SITE = "down"
 HELD_EVERY = 4
 
