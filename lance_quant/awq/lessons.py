@@ -42,6 +42,17 @@ def lessons(block: Block, source: dict[str, Tensor], weights: dict[tuple[str, st
     return made
 
 
+def first_lessons(taught: Sequence[Lesson], tokens: int) -> list[Lesson]:
+    """Sequences of every lesson, about `tokens` tokens in all, and what they count as if there were no others."""
+    held = sum(lesson.counts.numel() for lesson in taught)
+    some = []
+    for lesson in taught:
+        rows = max(1, round(len(lesson.counts) * min(1.0, tokens / held)))
+        counts = lesson.counts[:rows] * (len(lesson.counts) / rows)
+        some.append(Lesson(lesson.batch.part(range(rows)), lesson.wanted[:rows], counts))
+    return some
+
+
 def cells(batch: Batch) -> Iterator[tuple[str, str, Tensor]]:
     """(task, path, bool [B, n]) of the tokens that weigh in together."""
     for task in dict.fromkeys(batch.tasks):

@@ -13,12 +13,14 @@ from lance_quant.awq.clip import CLIPS
 from lance_quant.awq.compensate import compensate
 from lance_quant.awq.config import RecipeConfig
 from lance_quant.awq.learn import Learning, learn, weights_of
-from lance_quant.awq.lessons import Lesson, whole_loss
+from lance_quant.awq.lessons import Lesson, first_lessons, whole_loss
 from lance_quant.awq.moments import Split, second_moments
 from lance_quant.awq.residual import SITE, make_up, missing_parts
 from lance_quant.awq.rounding import Draft, draft, rows_of, stacked
 from lance_quant.awq.score import OutputError
 from lance_quant.checkpoint.layout import Target
+
+LOSS_TOKENS = 4096  # of a layer's kept sequences, for the table of ingredients
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Refinement:
     taught: list[Lesson]
     clips: dict[str, tuple[float, float]] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
+    known: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
     def sites(self) -> list[tuple[Split, list[Target]]]:
         """Captured inputs with the linears that read them."""
@@ -53,8 +56,13 @@ class Refinement:
     def weight(self, target: Target) -> Tensor:
         return self.source[f"{target.name}.weight"]
 
-    def moments(self, rows, linears: list[Target]) -> Tensor:
-        return second_moments([self.weight(target) for target in linears], rows, self.columns[linears[0].name])
+    def moments(self, split: Split, linears: list[Target]) -> Tensor:
+        """Of the rows that are fitted to; clip and compensation ask for the same ones."""
+        key = (linears[0].path, linears[0].site)
+        if key not in self.known:
+            weights = [self.weight(target) for target in linears]
+            self.known[key] = second_moments(weights, split.fit, self.columns[linears[0].name])
+        return self.known[key]
 
     def stored(self) -> dict[str, Tensor]:
         """The folded layer as it is stored: norms and biases bf16."""
@@ -64,8 +72,9 @@ class Refinement:
         }
 
     def loss(self, drafts: dict[str, Draft]) -> float:
-        """Mean relative squared error of the layer's output over its kept sequences."""
-        return whole_loss(self.block, self.stored() | weights_of(drafts), self.taught, self.recipe.learned_tokens)
+        """Mean relative squared error of the layer's output over some of its kept sequences."""
+        some = first_lessons(self.taught, LOSS_TOKENS)
+        return whole_loss(self.block, self.stored() | weights_of(drafts), some, LOSS_TOKENS)
 
     def unfolded(self, target: Target, weight: Tensor) -> Tensor:
         """A folded weight as it acts in the unfolded layer."""
@@ -92,7 +101,7 @@ def clipped(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:
     """Linear by linear; one whose outputs are no closer by it keeps its whole range."""
     clip, made = CLIPS[work.recipe.clip], dict(drafts)
     for split, linears in work.sites():
-        moments = work.moments(split.fit, linears)
+        moments = work.moments(split, linears)
         for target in linears:
             trial, below, above = clip(drafts[target.name], moments, work.recipe)
             helps = closer(work, target, split, drafts[target.name], trial)
@@ -113,7 +122,7 @@ def compensated(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:
     made = dict(drafts)
     for split, linears in work.sites():
         together = stacked([drafts[target.name] for target in linears])
-        together = compensate(together, work.moments(split.fit, linears), work.recipe.damping)
+        together = compensate(together, work.moments(split, linears), work.recipe.damping)
         start = 0
         for target in linears:
             trial = rows_of(together, start, start + target.out_features)
@@ -136,9 +145,9 @@ def corrected(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:
         weight = stored[f"{target.name}.weight"]
         trial = draft(weight + change, drafts[target.name].grid)
         if recipe.clip != "none":
-            trial, *work.clips[target.name] = CLIPS[recipe.clip](trial, work.moments(split.fit, [target]), recipe)
+            trial, *work.clips[target.name] = CLIPS[recipe.clip](trial, work.moments(split, [target]), recipe)
         if "gptq" in recipe.rounding:
-            trial = compensate(trial, work.moments(split.fit, [target]), recipe.damping)
+            trial = compensate(trial, work.moments(split, [target]), recipe.damping)
         if part.error(trial.weight() - weight) < part.error(drafts[target.name].weight() - weight):
             made[target.name] = trial
     return made
