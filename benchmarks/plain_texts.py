@@ -7,7 +7,7 @@ other one, in order of name, is for calibration, the rest to evaluate with.
 from importlib import metadata
 from pathlib import Path
 
-LEAST = 3500  # characters
+LEAST, MOST = 3500, 12000  # characters of a document: what is longer is cut, so that no subject prevails
 
 
 def documents() -> list[tuple[str, str]]:
@@ -18,7 +18,7 @@ def documents() -> list[tuple[str, str]]:
     for package in metadata.distributions():
         text = package.metadata.get_payload() or package.metadata.get("Description") or ""
         found[f"package-{package.metadata['Name'].lower()}"] = text
-    return sorted((name, text) for name, text in found.items() if len(text) >= LEAST)
+    return sorted((name, text[:MOST]) for name, text in found.items() if len(text) >= LEAST)
 
 
 def write_texts(folder: Path) -> tuple[Path, Path]:

@@ -48,24 +48,37 @@ PIECE = 512  # tokens
 BATCH = 8  # pieces at a time
 FOUR_FOLDS = ["input_norm", "post_attention_norm", "up_down", "v_o"]
 
+LEARNED = {"rounding": ["nearest", "learned"]}
+GENTLY = {"rounding": ["gptq", "residual", "learned"], "learned_rate": 0.003, "range_rate": 0.0003}
+
 # label -> (recipe it starts from, what is changed): each row of a part adds to the one before it
 ABLATION = {
-    "nearest": ("best", {"folds": [], "clip": "none", "rounding": ["nearest"]}),
-    "two_folds": ("best", {"folds": FOUR_FOLDS[:2], "clip": "none", "rounding": ["nearest"]}),
-    "four_folds": ("best", {"clip": "none", "rounding": ["nearest"]}),
-    "four_folds_linear_clip": ("best", {"clip": "linear", "rounding": ["nearest"]}),
-    "four_folds_group_clip": ("best", {"rounding": ["nearest"]}),
-    "gptq_alone": ("best", {"folds": [], "clip": "none", "rounding": ["gptq"]}),
-    "gptq_folds": ("best", {"clip": "none", "rounding": ["gptq"]}),
-    "gptq_linear_clip": ("best", {"clip": "linear", "rounding": ["gptq"]}),
-    "gptq_no_folds": ("best", {"folds": [], "rounding": ["gptq"]}),
-    "gptq_all_rows": ("fast", {"heldout": 0.0}),
-    "learned_alone": ("best", {"folds": [], "clip": "none", "rounding": ["nearest", "learned"]}),
-    "learned_from_nearest": ("best", {"rounding": ["nearest", "learned"]}),
-    "learned_no_folds": ("best", {"folds": []}),
-    "learned_half": ("best", {"learned_steps": 50}),
-    "learned_twice": ("best", {"learned_steps": 200}),
-    "learned_fixed_ranges": ("best", {"range_rate": 0.0}),
+    "nearest": ("fast", {"folds": [], "clip": "none", "rounding": ["nearest"]}),
+    "two_folds": ("fast", {"folds": FOUR_FOLDS[:2], "clip": "none", "rounding": ["nearest"]}),
+    "four_folds": ("fast", {"clip": "none", "rounding": ["nearest"]}),
+    "four_folds_linear_clip": ("fast", {"clip": "linear", "rounding": ["nearest"]}),
+    "four_folds_group_clip": ("fast", {"rounding": ["nearest"]}),
+    "gptq_alone": ("fast", {"folds": [], "clip": "none", "rounding": ["gptq"]}),
+    "gptq_two_folds": ("fast", {"folds": FOUR_FOLDS[:2], "clip": "none", "rounding": ["gptq"]}),
+    "gptq_four_folds": ("fast", {"clip": "none", "rounding": ["gptq"]}),
+    "gptq_linear_clip": ("fast", {"clip": "linear", "rounding": ["gptq"]}),
+    "gptq_group_clip": ("fast", {"rounding": ["gptq"]}),
+    "fast_damping_0.01": ("fast", {"damping": 0.01}),
+    "fast_damping_0.1": ("fast", {"damping": 0.1}),
+    "fast_all_rows": ("fast", {"heldout": 0.0}),
+    "fast_sequential": ("fast", {"sequential": True}),
+    "learned_100": ("fast", {"rounding": ["nearest", "learned"], "learned_rate": 0.01}),
+    "learned_200": ("fast", LEARNED | {"learned_steps": 200, "learned_rate": 0.005, "range_rate": 0.0015}),
+    "learned_400": ("fast", LEARNED | {"learned_steps": 400, "learned_rate": 0.0025, "range_rate": 0.001}),
+    "learned_200_large": ("fast", LEARNED | {"learned_steps": 200, "learned_tokens": 8192, "learned_rate": 0.005}),
+    "best_200": ("best", {"learned_steps": 200, "learned_rate": 0.005, "range_rate": 0.0015}),
+    "best_200_large": ("best", {"learned_steps": 200, "learned_tokens": 8192, "learned_rate": 0.005}),
+    "best_400": ("best", {"learned_steps": 400, "learned_rate": 0.0025, "range_rate": 0.001}),
+    "best_no_folds": ("best", {"folds": []}),
+    "best_no_clip": ("best", {"clip": "none", "range_rate": 0.01}),
+    "fast_learned_gently": ("fast", GENTLY),
+    "fast_learned_gently_200": ("fast", GENTLY | {"learned_steps": 200, "learned_tokens": 8192}),
+    "best_sequential": ("best", {"sequential": True}),
 }
 
 
@@ -258,8 +271,8 @@ def tell(row: dict, out: Path | None) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(text: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("gguf", type=Path)
     parser.add_argument("--recipes", default="minmax,published,awq,best")
     parser.add_argument("--group-size", type=int, default=64)
@@ -273,8 +286,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work", type=Path, help="where the working folder goes")
     parser.add_argument("--out", type=Path, help="JSON lines, appended")
-    return parser.parse_args()
+    return parser
 
 
 if __name__ == "__main__":
-    main(arguments())
+    main(parser_of(__doc__).parse_args())

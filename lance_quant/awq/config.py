@@ -29,9 +29,9 @@ class RecipeConfig:
     clip: "none", one pair of shares for a "linear", or for each "group" of each row (`clip.CLIPS`); clip_steps: shares
     tried of each end, from 1 down to clip_least.
     rounding: in this order, each starting from the one before: "nearest", "gptq" (errors made up for by later columns;
-    damping: share of the mean second moment), "residual" (down_proj makes up for the other linears), "learned" (on the
-    kept sequences: learned_steps steps of about learned_tokens tokens; learned_rate, range_rate: first step of offsets,
-    in codes, and of the ends of ranges, in shares).
+    damping: share of the mean second moment), "residual" (down_proj, compensated, makes up for the other linears),
+    "learned" (on the kept sequences: learned_steps steps of about learned_tokens tokens; learned_rate, range_rate:
+    first step of offsets, in codes, and of the ends of ranges, in shares).
     sequential: the states that enter a layer's kept sequences are those that the layers before, rounded, make of them;
     what should come out stays the float model's. Layers then follow one another instead of fanning out.
     """

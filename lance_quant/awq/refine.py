@@ -146,8 +146,7 @@ def corrected(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:
         trial = draft(weight + change, drafts[target.name].grid)
         if recipe.clip != "none":
             trial, *work.clips[target.name] = CLIPS[recipe.clip](trial, work.moments(split, [target]), recipe)
-        if "gptq" in recipe.rounding:
-            trial = compensate(trial, work.moments(split, [target]), recipe.damping)
+        trial = compensate(trial, work.moments(split, [target]), recipe.damping)
         if part.error(trial.weight() - weight) < part.error(drafts[target.name].weight() - weight):
             made[target.name] = trial
     return made
