@@ -52,15 +52,19 @@ def compensate(made: Draft, moments: Tensor, damping: float) -> Draft:
     share = (1 / factor.diagonal()).tolist()
     for start in range(0, len(columns), COLUMNS):
         end = min(start + COLUMNS, len(columns))
-        errors = torch.empty_like(columns[start:end])
-        for at in range(start, end):
-            column, error = columns[at], errors[at - start]
-            wanted = column if exact is None else torch.where(fixed[at], exact[at], column)
-            code = torch.addcdiv(zero[at], wanted, step[at]).round_().clamp_(0, made.grid.top).sub_(zero[at])
-            torch.addcmul(column, code, step[at], value=-1, out=error).mul_(share[at])
+        block = columns[start:end]
+        errors = torch.empty_like(block)
+        within = factor[start:end, start:end]
+        parts = zip(*(part.unbind() for part in (block, errors, step[start:end], zero[start:end], within)), strict=True)
+        for at, (column, error, size, origin, onward) in enumerate(parts):
+            wanted = column
+            if exact is not None:
+                wanted = torch.where(fixed[start + at], exact[start + at], column)
+            code = torch.addcdiv(origin, wanted, size).round_().clamp_(0, made.grid.top).sub_(origin)
+            torch.addcmul(column, code, size, value=-1, out=error).mul_(share[start + at])
             if exact is not None:
                 column.copy_(wanted)
-            columns[at + 1 : end].addr_(factor[at, at + 1 : end], error, alpha=-1)
+            block[at + 1 :].addr_(onward[at + 1 :], error, alpha=-1)
         columns[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
     latent = torch.empty_like(columns)
     latent[order] = columns

@@ -121,6 +121,8 @@ def compensated(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:
     """Linears of a site together; one whose outputs are no closer by it stays as it was."""
     made = dict(drafts)
     for split, linears in work.sites():
+        if linears[0].site == SITE and "residual" in work.recipe.rounding:
+            continue  # its turn comes when the others are done
         together = stacked([drafts[target.name] for target in linears])
         together = compensate(together, work.moments(split, linears), work.recipe.damping)
         start = 0
@@ -133,22 +135,29 @@ def compensated(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:
 
 
 def corrected(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:
-    """down_proj rounded anew from a weight that makes up for the other linears; taken where the layer gains by it."""
+    """down_proj rounded anew, compensated, from a weight that makes up for the other linears; taken where the layer
+    gains by it. A path that no kept sequence takes is compensated alone.
+    """
     made, recipe, stored = dict(drafts), work.recipe, work.stored()
-    down = {target.path: target for target in work.targets if target.site == SITE}
-    rounded = {name: one for name, one in drafts.items() if name not in {target.name for target in down.values()}}
-    for path, part in missing_parts(work.block, stored | weights_of(rounded), work.taught).items():
-        target, split = down[path], work.splits.get((path, SITE))
-        change = make_up(part)
-        if change is None or split is None:
-            continue
-        weight = stored[f"{target.name}.weight"]
-        trial = draft(weight + change, drafts[target.name].grid)
+    down = [(split, linears[0]) for split, linears in work.sites() if linears[0].site == SITE]
+    others = {name: one for name, one in drafts.items() if name not in {target.name for _, target in down}}
+    parts = missing_parts(work.block, stored | weights_of(others), work.taught)
+    for split, target in down:
+        part, was, weight = parts.get(target.path), drafts[target.name], stored[f"{target.name}.weight"]
+        change = make_up(part) if part else None
+        moments = work.moments(split, [target])
+        trial, clips = draft(weight if change is None else weight + change, was.grid), None
         if recipe.clip != "none":
-            trial, *work.clips[target.name] = CLIPS[recipe.clip](trial, work.moments(split, [target]), recipe)
-        trial = compensate(trial, work.moments(split, [target]), recipe.damping)
-        if part.error(trial.weight() - weight) < part.error(drafts[target.name].weight() - weight):
+            trial, *clips = CLIPS[recipe.clip](trial, moments, recipe)
+        trial = compensate(trial, moments, recipe.damping)
+        if part:
+            helps = part.error(trial.weight() - weight) < part.error(was.weight() - weight)
+        else:
+            helps = closer(work, target, split, was, trial)
+        if helps:
             made[target.name] = trial
+            if clips:
+                work.clips[target.name] = tuple(clips)
     return made
 
 
