@@ -15,6 +15,7 @@ from lance_quant.model.lance import Lance
 from lance_quant.runtime.int4_linear import Int4Linear
 from lance_quant.runtime.packed import PackedFolder
 from lance_quant.runtime.swap import load_packed, swap_linears
+from tests.random_checkpoint import VISION
 from tests.random_layers import random_checkpoint, small_config
 
 CONFIG = small_config()
@@ -45,7 +46,9 @@ def folder(made, tmp_path):
 
 def empty_lance() -> Lance:
     with torch.device("meta"):
-        return Lance(CONFIG, None)
+        lance = Lance(CONFIG, VISION)
+    lance.vit_model = None  # another file holds it
+    return lance
 
 
 def edit(folder, change):
