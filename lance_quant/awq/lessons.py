@@ -25,20 +25,22 @@ class Lesson:
 def lessons(block: Block, source: dict[str, Tensor], weights: dict[tuple[str, str], float]) -> list[Lesson]:
     """What the float layer makes of its kept sequences. weights: (task, path) -> what it counts.
 
-    A token's error is relative to its own state, as the norms behind the layer see it; tokens of a cell count alike.
+    A token's squared error counts by 1 / |its state|, half way between the absolute and the relative one: the few
+    states that are a hundred times the others, which every later token attends to, neither drown nor are drowned out.
     """
     wanted = [block.outputs(source, batch) for batch in block.batches]
-    tokens: dict[tuple[str, str], int] = {}
-    for batch in block.batches:
+    size: dict[tuple[str, str], float] = {}
+    for batch, out in zip(block.batches, wanted, strict=True):
+        norms = out.double().norm(dim=-1)
         for task, path, at in cells(batch):
-            tokens[task, path] = tokens.get((task, path), 0) + int(at.sum())
-    total = sum(weights.get(cell, 1.0) for cell in tokens)
+            size[task, path] = size.get((task, path), 0.0) + norms[at].sum().item()
+    total = sum(weights.get(cell, 1.0) for cell in size)
     made = []
     for batch, out in zip(block.batches, wanted, strict=True):
         counts = torch.zeros(out.shape[:2], device=out.device)
         for task, path, at in cells(batch):
-            counts[at] = weights.get((task, path), 1.0) / (total * tokens[task, path])
-        made.append(Lesson(batch, out, counts / out.square().sum(-1).clamp(min=TINY)))
+            counts[at] = weights.get((task, path), 1.0) / (total * max(size[task, path], TINY))
+        made.append(Lesson(batch, out, counts / out.norm(dim=-1).clamp(min=TINY)))
     return made
 
 

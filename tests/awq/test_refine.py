@@ -182,6 +182,19 @@ def test_tasks_and_paths_count_alike_whatever_their_tokens():
     assert cells == pytest.approx({("x2t_image", "und"): 0.25, ("t2i", "und"): 0.25, ("t2i", "gen"): 0.5}, rel=1e-4)
 
 
+def test_a_massive_state_neither_drowns_the_others_nor_is_drowned_out():
+    """At equal relative errors the one state that is a hundred times the others weighs as much as a hundred of them."""
+    config = small_config()
+    kept = random_sequences(config)[::2]
+    for one in kept:
+        one.states[0] *= 100
+    lesson = lessons(block_of(config, kept), random_layer(config), {})[0]
+    share = (lesson.counts * lesson.wanted.square().sum(-1)).double()
+    norms = lesson.wanted.double().norm(dim=-1)
+    assert norms[:, 0].min() > 20 * norms[:, 1:].max() / 4
+    torch.testing.assert_close(share / share.sum(), norms / norms.sum(), rtol=1e-4, atol=0)
+
+
 def test_every_sequence_has_its_turn_before_any_has_a_second():
     config = small_config()
     taught = lessons(block_of(config), random_layer(config), {})
