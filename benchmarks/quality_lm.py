@@ -48,7 +48,8 @@ PIECE = 512  # tokens
 BATCH = 8  # pieces at a time
 FOUR_FOLDS = ["input_norm", "post_attention_norm", "up_down", "v_o"]
 
-LEARNED = {"rounding": ["nearest", "learned"]}
+LEARNED = {"rounding": ["nearest", "learned", "residual"]}
+LONGER = {"learned_steps": 200, "learned_rate": 0.005, "range_rate": 0.0015}
 GENTLY = {"rounding": ["gptq", "residual", "learned"], "learned_rate": 0.003, "range_rate": 0.0003}
 
 # label -> (recipe it starts from, what is changed): each row of a part adds to the one before it
@@ -66,19 +67,13 @@ ABLATION = {
     "fast_damping_0.01": ("fast", {"damping": 0.01}),
     "fast_damping_0.1": ("fast", {"damping": 0.1}),
     "fast_all_rows": ("fast", {"heldout": 0.0}),
-    "fast_sequential": ("fast", {"sequential": True}),
-    "learned_100": ("fast", {"rounding": ["nearest", "learned"], "learned_rate": 0.01}),
-    "learned_200": ("fast", LEARNED | {"learned_steps": 200, "learned_rate": 0.005, "range_rate": 0.0015}),
-    "learned_400": ("fast", LEARNED | {"learned_steps": 400, "learned_rate": 0.0025, "range_rate": 0.001}),
-    "learned_200_large": ("fast", LEARNED | {"learned_steps": 200, "learned_tokens": 8192, "learned_rate": 0.005}),
-    "best_200": ("best", {"learned_steps": 200, "learned_rate": 0.005, "range_rate": 0.0015}),
-    "best_200_large": ("best", {"learned_steps": 200, "learned_tokens": 8192, "learned_rate": 0.005}),
-    "best_400": ("best", {"learned_steps": 400, "learned_rate": 0.0025, "range_rate": 0.001}),
-    "best_no_folds": ("best", {"folds": []}),
-    "best_no_clip": ("best", {"clip": "none", "range_rate": 0.01}),
-    "fast_learned_gently": ("fast", GENTLY),
-    "fast_learned_gently_200": ("fast", GENTLY | {"learned_steps": 200, "learned_tokens": 8192}),
-    "best_sequential": ("best", {"sequential": True}),
+    "learned_100": ("fast", {"rounding": ["nearest", "learned"]}),
+    "learned_residual": ("fast", LEARNED),
+    "learned_residual_200": ("fast", LEARNED | LONGER),
+    "learned_residual_200_large": ("fast", LEARNED | LONGER | {"learned_tokens": 8192}),
+    "learned_residual_sequential": ("best", LEARNED),
+    "learned_residual_200_sequential": ("best", LEARNED | LONGER),
+    "best_learned_gently": ("best", GENTLY),
 }
 
 
