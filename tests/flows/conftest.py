@@ -15,6 +15,12 @@ ROOT = Path(__file__).parents[2]
 NO_SERVER = "http://127.0.0.1:9/api"  # nothing listens: for commands that must end before they need one
 
 
+@pytest.fixture(autouse=True)
+def hydra_as_it_was(monkeypatch):
+    """A command that runs inside the test process sets Hydra's variable, which later children would inherit."""
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+
+
 @dataclass(frozen=True)
 class Bench:
     """The places of one test, and commands that run there."""
