@@ -28,13 +28,12 @@ from lance_quant.checkpoint.config import CheckpointConfig
 from lance_quant.errors import LanceQuantError
 from lance_quant.model.resolution import PRESETS
 from lance_quant.progress import Progress
-from tasks.config import CONF, register, strict
+from tasks.config import CONF, SMALL_WIDTH, register, strict
 
 BF16 = "bf16"
 LINES = 9  # of progress, after one for loading
 FREE_TEXT = ("prompt", "instruction", "image", "video", "examples")  # taken to the letter, without Hydra's grammar
 QUOTED = re.compile(r"""'([^'\\]|\\.)*'|"([^"\\]|\\.)*\"""", re.DOTALL)  # for Hydra, by the user
-SMALL = 1024  # hidden size up to which a second CPU thread only waits
 
 
 @dataclass(kw_only=True)
@@ -123,7 +122,7 @@ def generate(cfg: GenerateConfig) -> None:
     examples = asked(cfg)
     for example in examples:
         check_task(checkpoint, example.task)
-    if device == "cpu" and checkpoint.config.hidden_size < SMALL:
+    if device == "cpu" and checkpoint.config.hidden_size < SMALL_WIDTH:
         torch.set_num_threads(1)
     weights = None if cfg.weights == BF16 else Path(cfg.weights).expanduser()
     generator = Generator(checkpoint, weights, device)

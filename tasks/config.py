@@ -22,6 +22,7 @@ from lance_quant.tiny import SCENES_REVISION
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 CHANGED = " (changed)"
+SMALL_WIDTH = 1024  # hidden size up to which a second CPU thread only waits
 
 
 @dataclass(kw_only=True)

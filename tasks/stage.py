@@ -11,13 +11,12 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from lance_quant.errors import LanceQuantError
-from tasks.config import RunnerConfig
+from tasks.config import SMALL_WIDTH, RunnerConfig
 from tasks.store import Artifact, Kept
 
 POLL_SECONDS = 0.2
 PROGRESS_LINES = 10
 SECONDS_BETWEEN_LINES = 2.0
-SMALL = 1024  # hidden size
 
 log = logging.getLogger("lance_quant")
 stop = threading.Event()
@@ -58,7 +57,7 @@ class Devices:
         """A device for a unit of work on a model of hidden size `width`; waits until one is free."""
         name = self._take()
         try:
-            with _shared_cores() if name == "cpu" and width < SMALL else contextlib.nullcontext():
+            with _shared_cores() if name == "cpu" and width < SMALL_WIDTH else contextlib.nullcontext():
                 yield name
         finally:
             self._free.put(name)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lance_quant.checkpoint.layout import LAYOUT_TASKS
+from lance_quant.checkpoint.layout import LAYOUT_TASKS, check_known, check_task_list, served_tasks
 from lance_quant.errors import LanceQuantError
 from lance_quant.model.request import TASKS
 
@@ -60,13 +60,8 @@ class CalibrationConfig:
         self._check_ranges()
 
     def _check_tasks(self) -> None:
-        if self.tasks != "auto":
-            if not isinstance(self.tasks, list | tuple):
-                raise LanceQuantError(f"calibration.tasks={self.tasks} must be auto or a list such as [x2t_image,t2i]")
-            _known("calibration.tasks", self.tasks)
-            if not self.tasks or len(set(self.tasks)) < len(self.tasks):
-                raise LanceQuantError(f"calibration.tasks={list(self.tasks)} must name each task once")
-        _known("calibration.weights", self.weights)
+        check_task_list("calibration.tasks", self.tasks, (*TASKS, TEXT))
+        check_known("calibration.weights", self.weights, (*TASKS, TEXT))
         for task, weight in self.weights.items():
             if weight <= 0:
                 raise LanceQuantError(
@@ -85,12 +80,6 @@ class CalibrationConfig:
                 raise LanceQuantError(f"calibration.{name}={getattr(self, name)} must be at least {value}")
 
 
-def _known(key: str, tasks: Iterable[str]) -> None:
-    for task in tasks:
-        if task not in (*TASKS, TEXT):
-            raise LanceQuantError(f"{key} has no '{task}'; choose from {', '.join(TASKS)}")
-
-
 def weights_of(cfg: CalibrationConfig, tasks: Iterable[str]) -> dict[str, float]:
     """What each task counts under balance "tasks"."""
     return {task: float(cfg.weights.get(task, 1.0)) for task in tasks}
@@ -100,15 +89,6 @@ def calibrated_tasks(cfg: CalibrationConfig, layout: str) -> list[str]:
     """The tasks to run on a checkpoint of a layout. Raises LanceQuantError for one that it does not serve."""
     if cfg.source == TEXT:
         return [TEXT]
-    served = LAYOUT_TASKS[layout]
-    if not served:
+    if not LAYOUT_TASKS[layout]:
         raise LanceQuantError(f"a {layout} checkpoint sees no pictures: take calibration=text calibration.path=...")
-    if cfg.tasks == "auto":
-        return list(served)
-    for task in cfg.tasks:
-        if task not in served:
-            raise LanceQuantError(
-                f"calibration.tasks has '{task}', which a checkpoint of the {layout} layout does not serve: "
-                f"choose from {', '.join(served)}"
-            )
-    return list(cfg.tasks)
+    return served_tasks("calibration.tasks", cfg.tasks, layout)

@@ -11,12 +11,12 @@ from dataclasses import replace
 
 import torch
 
-from lance_quant.checkpoint.fill import fill, set_parameter
+from lance_quant.checkpoint.fill import set_parameter
 from lance_quant.checkpoint.layout import VIT_PREFIX, Checkpoint, layer_prefix
 from lance_quant.checkpoint.reader import READERS, TensorReader
 from lance_quant.model.config import LanceConfig
 from lance_quant.model.decoder import Decoder, Layer
-from lance_quant.model.lance import Lance, build_lance
+from lance_quant.model.lance import Lance, build_lance, complete
 
 DTYPE = torch.bfloat16
 NORMS = ("language_model.model.norm.", "language_model.model.norm_moe_gen.")  # where `Lance` looks for its device
@@ -34,12 +34,7 @@ def load_eyes(checkpoint: Checkpoint, device: str) -> Lance:
     """A Lance whose vision tower is filled, and hardly anything else."""
     lance = build_lance(checkpoint, DTYPE)
     _fill_parts(lance, checkpoint, NORMS if checkpoint.vit_file is not None else (*NORMS, VIT_PREFIX), device)
-    if checkpoint.vit_file is not None:
-        fill(lance.vit_model, checkpoint.vit_file, device, DTYPE)
-    for module in lance.vit_model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
-    return lance
+    return complete(lance, checkpoint, device, DTYPE)
 
 
 def _fill_parts(lance: Lance, checkpoint: Checkpoint, prefixes: tuple[str, ...], device: str) -> None:

@@ -4,7 +4,7 @@ A layer has two experts: the understanding path "und" (no suffix) and the genera
 linears each (Lance spec sec. 3). What several linears read in common is one input *site*.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -277,6 +277,40 @@ def check_picture_size(checkpoint: Checkpoint) -> None:
                 f"checkpoint.{field}={preset.image_edge} is beyond the position table of {checkpoint.folder}: "
                 f"at most {most} pixels"
             )
+
+
+def check_task_list(key: str, tasks, known: Sequence[str] = TASKS) -> None:
+    """Refuse a setting that is neither "auto" nor a list that names some of the known tasks, each once."""
+    if tasks == "auto":
+        return
+    if not isinstance(tasks, list | tuple):
+        raise LanceQuantError(f"{key}={tasks} must be auto or a list such as [x2t_image,t2i]")
+    check_known(key, tasks, known)
+    if not tasks or len(set(tasks)) < len(tasks):
+        raise LanceQuantError(f"{key}={list(tasks)} must name each task once, of {', '.join(TASKS)}")
+
+
+def check_known(key: str, tasks: Iterable[str], known: Sequence[str] = TASKS) -> None:
+    for task in tasks:
+        if task not in known:
+            raise LanceQuantError(f"{key} has no '{task}'; choose from {', '.join(TASKS)}")
+
+
+def served_tasks(key: str, tasks, layout: str) -> list[str]:
+    """The tasks of a checked setting on a checkpoint of a layout, "auto" resolved.
+
+    Raises LanceQuantError for one that the layout does not serve.
+    """
+    served = LAYOUT_TASKS[layout]
+    if tasks == "auto":
+        return list(served)
+    for task in tasks:
+        if task not in served:
+            raise LanceQuantError(
+                f"{key} has '{task}', which a checkpoint of the {layout} layout does not serve: "
+                f"choose from {', '.join(served) or 'none, tasks=auto'}"
+            )
+    return list(tasks)
 
 
 def layout_of(names: Sequence[str]) -> str:

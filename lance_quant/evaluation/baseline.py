@@ -13,7 +13,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -38,7 +37,6 @@ from lance_quant.model.request import UNDERSTANDING
 from lance_quant.model.sampler import Flow, Velocities, guide, initial_state, run_flow, start_flow
 from lance_quant.model.sequence import Sample
 from lance_quant.model.understanding import answer, forced_logits
-from lance_quant.model.vae import WanVAE, to_uint8
 from lance_quant.progress import Progress
 
 COLUMNS = ["name", "task", "prompt", "reference", "answer", "tokens"]  # of answers.parquet
@@ -80,7 +78,7 @@ def run_baseline(
             flow = start_flow(lance, sample, start, flow_config(cfg))
             final, kept = led(flow, sample, start, cfg)
             save_tensors(out, "trajectories", request.name, start=start, **kept, final=final[sample.denoised_rows()])
-            save_frames(out, request.name, draw(vae, sample, final))
+            save_frames(out, request.name, vae.decode_frames(sample.drawn_latents(final)).numpy())
             row |= {"answer": "", "tokens": 0}
         rows.append(row)
         if progress is not None:
@@ -114,10 +112,3 @@ def led(
 def drawn_rows(flow: Flow, sample: Sample) -> torch.Tensor:
     """Which of a flow's velocities are of latents drawn, int64: the first frame of i2v is given."""
     return torch.isin(flow.rows, sample.denoised_rows()).nonzero().squeeze(1)
-
-
-def draw(vae: WanVAE, sample: Sample, final: torch.Tensor) -> np.ndarray:
-    """What a final sampler state [n_vae, 48] shows, uint8 [T, H, W, 3]: its last block, one frame where a picture."""
-    grid = sample.latent_grids[-1]
-    latents = final[-grid[0] * grid[1] * grid[2] :].unflatten(0, grid)
-    return to_uint8(vae.decode(latents)).cpu().numpy()

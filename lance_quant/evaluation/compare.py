@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from lance_quant.checkpoint.layout import Checkpoint
-from lance_quant.evaluation.baseline import draw, drawn_rows
+from lance_quant.evaluation.baseline import drawn_rows
 from lance_quant.evaluation.config import EvaluationConfig
 from lance_quant.evaluation.distributions import compare_logits
 from lance_quant.evaluation.judge import shows_what_was_asked
@@ -131,7 +131,8 @@ class _Comparison:
         flow = start_flow(self.lance, sample, start, self.flow)
         self.lead(request, sample, flow, kept)
         final = run_flow(flow, start, self.flow)
-        before, after = load_frames(self.job.baseline, request.name), draw(self.vae, sample, final)
+        before = load_frames(self.job.baseline, request.name)
+        after = self.vae.decode_frames(sample.drawn_latents(final)).numpy()
         save_frames(self.out, request.name, after)
         drawn = final[sample.denoised_rows()].cpu()
         row = {"name": request.name, "task": request.task, "prompt": request.prompt, "frames": len(after)}

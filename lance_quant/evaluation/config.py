@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from lance_quant.checkpoint.layout import LAYOUT_TASKS
+from lance_quant.checkpoint.layout import LAYOUT_TASKS, check_task_list, served_tasks
 from lance_quant.errors import LanceQuantError
-from lance_quant.model.request import TASKS
 
 SOURCES = ("scenes", "bundled")
 
@@ -35,7 +34,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
             raise LanceQuantError(f"evaluation.source={self.source} is unknown: take one of {', '.join(SOURCES)}")
-        self._check_tasks()
+        check_task_list("evaluation.tasks", self.tasks)
         if not 0 <= self.seed < 2**32:
             raise LanceQuantError(f"evaluation.seed={self.seed} must lie between 0 and 2**32 - 1")
         for name in ("samples", "max_new_tokens", "steps"):
@@ -50,30 +49,11 @@ class EvaluationConfig:
         if self.timestep_shift <= 0:
             raise LanceQuantError(f"evaluation.timestep_shift={self.timestep_shift} must be positive")
 
-    def _check_tasks(self) -> None:
-        if self.tasks == "auto":
-            return
-        if not isinstance(self.tasks, list | tuple):
-            raise LanceQuantError(f"evaluation.tasks={self.tasks} must be auto or a list such as [x2t_image,t2i]")
-        for task in self.tasks:
-            if task not in TASKS:
-                raise LanceQuantError(f"evaluation.tasks has no '{task}'; choose from {', '.join(TASKS)}")
-        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
-            raise LanceQuantError(f"evaluation.tasks={self.tasks} must name each task once, of {', '.join(TASKS)}")
-
 
 def evaluated_tasks(cfg: EvaluationConfig, layout: str) -> list[str]:
     """The tasks to run on a checkpoint of a layout, in the order of TASKS.
 
     Raises LanceQuantError for one that it does not serve.
     """
-    served = LAYOUT_TASKS[layout]
-    if cfg.tasks == "auto":
-        return list(served)
-    for task in cfg.tasks:
-        if task not in served:
-            raise LanceQuantError(
-                f"evaluation.tasks has '{task}', which a checkpoint of the {layout} layout does not serve: "
-                f"choose from {', '.join(served) or 'none, tasks=auto'}"
-            )
-    return [task for task in served if task in cfg.tasks]
+    wanted = served_tasks("evaluation.tasks", cfg.tasks, layout)
+    return [task for task in LAYOUT_TASKS[layout] if task in wanted]

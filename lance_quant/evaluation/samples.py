@@ -12,7 +12,7 @@ from lance_quant.checkpoint.layout import Checkpoint
 from lance_quant.evaluation.config import EvaluationConfig, evaluated_tasks
 from lance_quant.model.request import GENERATION, GIVEN, Request
 from lance_quant.model.sampler import FlowConfig
-from lance_quant.model.vae import WanVAE, load_vae
+from lance_quant.model.vae import WanVAE, load_vae, vae_dtype
 
 ANSWERS = "answers.parquet"
 STRIP_FRAMES, STRIP_EDGE, STRIP_GAP = 5, 256, 4  # of a clip as one picture: frames, their longest side, pixels between
@@ -60,8 +60,7 @@ def drawing_vae(checkpoint: Checkpoint, cfg: EvaluationConfig, device: str) -> W
     """The VAE where a task draws, which all edits do; in bfloat16 on a GPU, as upstream."""
     if not set(evaluated_tasks(cfg, checkpoint.layout)) & set(GENERATION):
         return None
-    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    return load_vae(checkpoint.vae_file, device, dtype)
+    return load_vae(checkpoint.vae_file, device, vae_dtype(device))
 
 
 def noise_seed(cfg: EvaluationConfig, index: int) -> int:

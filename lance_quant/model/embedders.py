@@ -24,7 +24,7 @@ class TimeEmbedder(nn.Module):
         return self.mlp(sinusoid.to(self.mlp[0].weight.dtype))
 
 
-def latent_positions(grid: tuple[int, int, int], hidden: int) -> torch.Tensor:
+def latent_positions(grid: tuple[int, int, int], hidden: int, device="cpu") -> torch.Tensor:
     """Rows of the fixed 3-D sinusoid for a latent grid (t, h, w): float32 [t*h*w, hidden], row-major.
 
     Computed for the grid in use, never held as a table: the rows of an image are those of a clip's first frame, so the
@@ -33,13 +33,14 @@ def latent_positions(grid: tuple[int, int, int], hidden: int) -> torch.Tensor:
     even = hidden // 3 // 2 * 2
     widths = (even, even, hidden - 2 * even)
     t, h, w = grid
-    axes = [_axis(count, width) for count, width in zip(grid, widths, strict=True)]
+    # rounded before they are spread: 20,000 rows of float64 on the CPU take seconds
+    axes = [_axis(count, width).float().to(device) for count, width in zip(grid, widths, strict=True)]
     parts = [
         axes[0][:, None, None, :].expand(t, h, w, -1),
         axes[1][None, :, None, :].expand(t, h, w, -1),
         axes[2][None, None, :, :].expand(t, h, w, -1),
     ]
-    return torch.cat(parts, dim=-1).flatten(0, 2).float()
+    return torch.cat(parts, dim=-1).flatten(0, 2)
 
 
 def _axis(count: int, width: int) -> torch.Tensor:

@@ -60,20 +60,19 @@ class Lance(nn.Module):
                     f"a latent grid of {grid[1]} x {grid[2]} is beyond this model's {most} a side: "
                     f"draw at most {16 * most} pixels a side"
                 )
-        rows = [latent_positions(grid, self.config.hidden_size) for grid in grids]
-        return torch.cat(rows).to(self.device, self.dtype)
+        rows = [latent_positions(grid, self.config.hidden_size, self.device) for grid in grids]
+        return torch.cat(rows).to(self.dtype)
 
     def embed_latents(self, x: torch.Tensor, t: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """Latents x [..., k, 48] at timesteps t [..., k] (0 for clean rows), table [k, H] -> [..., k, H]."""
         return self.vae2llm(x.to(self.dtype)) + self.time_embedder(t) + table
 
-    def embed(self, sample: Sample, x: torch.Tensor | None = None, t: torch.Tensor | None = None) -> torch.Tensor:
-        """Token embeddings [1, n, H] of a sample; x [n_vae, 48] and t [n_vae] are its latents and their timesteps."""
+    def embed(self, sample: Sample, latents: torch.Tensor | None = None) -> torch.Tensor:
+        """Token embeddings [1, n, H] of a sample; latents [n_vae, H]: what `embed_latents` makes of its VAE blocks."""
         hidden = self.language_model.model.embed_tokens(sample.ids.to(self.device))
         if sample.vit_patches is not None and len(sample.vit_indexes):
             hidden[sample.vit_indexes.to(self.device)] = self.look(sample.vit_patches, sample.vit_grids)
-        if x is not None:
-            latents = self.embed_latents(x, t, self.latent_table(sample.latent_grids))
+        if latents is not None:
             hidden[sample.vae_indexes.to(self.device)] = latents
         return hidden[None]
 

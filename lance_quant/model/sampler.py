@@ -124,11 +124,13 @@ class CachedFlow:
         in_target = (sample.vae_indexes >= self.start) & (sample.vae_indexes < self.end)
         self.rows = in_target.nonzero().squeeze(1)
         moves = torch.isin(sample.vae_indexes, sample.mse_indexes)
-        self.table = lance.latent_table(sample.latent_grids)[self.rows.to(device)]
+        self._target_rows = self.rows.to(device)
         self.routing = Routing.of(sample.latent_mask()[self.start : self.end]).to(device)
         self._moves_in_target = moves[self.rows].float().to(device)
 
-        hidden = lance.embed(sample, state.to(device), moves.float().to(device))
+        table = lance.latent_table(sample.latent_grids)
+        self.table = table[self._target_rows]
+        hidden = lance.embed(sample, lance.embed_latents(state.to(device), moves.float().to(device), table))
         self.ends = hidden[:, self.start, None], hidden[:, self.end - 1, None]
         self.caches = [self._prefill(hidden, conditional, drop_caption=False)]
         placed = [conditional[:, self.start : self.end]]
@@ -163,7 +165,7 @@ class CachedFlow:
     def velocities(self, state: torch.Tensor, t: torch.Tensor, guided: bool) -> Velocities:
         """state [n_vae, 48] at timestep t (0-dim) -> velocities of all rows of the target block."""
         lance = self.lance
-        rows = state.to(lance.device)[self.rows.to(lance.device)]
+        rows = state.to(lance.device)[self._target_rows]
         latents = lance.embed_latents(rows, t.to(lance.device) * self._moves_in_target, self.table)[None]
         block = torch.cat((self.ends[0], latents, self.ends[1]), dim=1)
         branches = 2 if guided else 1
@@ -188,7 +190,8 @@ class UncachedFlow:
         self.rows = sample.denoised_rows()
         self.moves = torch.isin(sample.vae_indexes, sample.mse_indexes).float().to(device)
         self.table = lance.latent_table(sample.latent_grids)
-        self.hidden = lance.embed(sample, state.to(device), self.moves)
+        self.hidden = lance.embed(sample, lance.embed_latents(state.to(device), self.moves, self.table))
+        self._latent_places = sample.vae_indexes.to(device)
         conditional, unconditional, kept = generation_positions(
             sample.ids, sample.grids, sample.modality, lance.config.video_token_id
         )
@@ -207,7 +210,7 @@ class UncachedFlow:
     @torch.inference_mode()
     def velocities(self, state: torch.Tensor, t: torch.Tensor, guided: bool) -> Velocities:
         lance = self.lance
-        self.hidden[0, self.sample.vae_indexes.to(lance.device)] = lance.embed_latents(
+        self.hidden[0, self._latent_places] = lance.embed_latents(
             state.to(lance.device), t.to(lance.device) * self.moves, self.table
         )
         out = []

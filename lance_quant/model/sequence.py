@@ -54,6 +54,11 @@ class Sample:
         mask[self.vae_indexes] = True
         return mask
 
+    def drawn_latents(self, state: torch.Tensor) -> torch.Tensor:
+        """What a final sampler state [n_vae, 48] has drawn, [t, h, w, 48]: its last block (Lance spec sec. 12)."""
+        grid = self.latent_grids[-1]
+        return state[-grid[0] * grid[1] * grid[2] :].unflatten(0, grid)
+
     def denoised_rows(self) -> torch.Tensor:
         """Int64 rows of the sampler state [n_vae, 48] that move."""
         return torch.isin(self.vae_indexes, self.mse_indexes).nonzero().squeeze(1)

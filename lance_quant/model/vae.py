@@ -258,6 +258,11 @@ def _empty_vae(path: Path, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
         return build_vae(base, decoder_base, latent_channels)
 
 
+def vae_dtype(device) -> torch.dtype:
+    """bfloat16 on a GPU, as upstream; a CPU is faster in float32."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
 def load_vae(path: Path, device="cpu", dtype: torch.dtype = torch.float32, faithful: bool = True) -> WanVAE:
     """Read a VAE file strictly, its widths from its tensors. LanceQuantError where keys or shapes differ."""
     from lance_quant.checkpoint.reader import TensorReader

@@ -24,7 +24,7 @@ from lance_quant.model.request import GENERATION, TASKS, UNDERSTANDING, Request
 from lance_quant.model.sampler import FlowConfig, initial_state, run_flow, start_flow
 from lance_quant.model.sequence import Sample
 from lance_quant.model.understanding import answer
-from lance_quant.model.vae import WanVAE, load_vae, to_uint8
+from lance_quant.model.vae import WanVAE, load_vae, vae_dtype
 from lance_quant.progress import Progress
 from lance_quant.runtime.lance import load_packed_lance
 
@@ -85,9 +85,7 @@ class Generator:
 
     @cached_property
     def vae(self) -> WanVAE:
-        """In bf16 on a GPU, as upstream; a CPU is faster in float32."""
-        dtype = torch.bfloat16 if torch.device(self.device).type == "cuda" else torch.float32
-        return load_vae(self.checkpoint.vae_file, self.device, dtype)
+        return load_vae(self.checkpoint.vae_file, self.device, vae_dtype(self.device))
 
     @torch.inference_mode()
     def run(self, request: Request, cfg: GenerationConfig | None = None, progress: Progress | None = None) -> Result:
@@ -133,7 +131,7 @@ class Generator:
         final = run_flow(flow, state, cfg.flow, lambda step, *_: tell(step + 1, cfg.flow.steps))
         seconds = watch.lap("steps")
         del flow  # the kept context; the decoder needs the room
-        frames = draw(self.vae, sample, final)
+        frames = self.vae.decode_frames(sample.drawn_latents(final)).numpy()
         watch.lap("decode")
         return Result(
             frames=frames,
@@ -141,13 +139,6 @@ class Generator:
             seconds=watch.laps,
             peak_bytes=watch.peak_bytes(),
         )
-
-
-def draw(vae: WanVAE, sample: Sample, final: torch.Tensor) -> np.ndarray:
-    """Frames uint8 [T, H, W, 3] of a final sampler state [n_vae, 48]: its last block (Lance spec sec. 12, 15)."""
-    grid = sample.latent_grids[-1]
-    latents = final[-grid[0] * grid[1] * grid[2] :].unflatten(0, grid)
-    return to_uint8(vae.decode(latents)).cpu().numpy()
 
 
 def check_request(checkpoint: Checkpoint, request: Request) -> None:
