@@ -43,6 +43,7 @@ class ClipRecipe:
     moments: float = 0.05  # weighs how far later latents are from zero mean and unit variance
     noise: float = 0.1
     start: str = ""  # the VAE file to start from; empty: the one in `out`
+    decoder_only: bool = False  # latents stay as they are, and so does a Lance that was trained on them
     seed: int = 13
 
     def __post_init__(self) -> None:

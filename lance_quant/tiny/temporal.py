@@ -36,13 +36,16 @@ LATER = 1  # first latent frame that only clips have
 
 
 class TemporalTaps(nn.Module):
-    """The trainable part of a VAE: all but the last tap of causal convolutions, and convolutions in time whole."""
+    """The trainable part of a VAE, or of its decoder: all but the last tap of causal convolutions, and convolutions
+    in time whole."""
 
-    def __init__(self, vae: AutoencoderKLWan):
+    def __init__(self, vae: AutoencoderKLWan, decoder_only: bool = False):
         super().__init__()
         self.kept: dict[str, torch.Tensor] = {}  # last taps, which stay
         self.early = nn.ParameterDict()
         for name, value in vae.named_parameters():
+            if decoder_only and not name.startswith("decoder."):
+                continue
             if "time_conv" in name:
                 self.early[name.replace(".", "/")] = nn.Parameter(value.detach().clone())
             elif value.dim() == 5 and value.shape[2] > 1:
@@ -77,7 +80,7 @@ def train_clips(
     path."""
     torch.manual_seed(recipe.seed)
     vae = load_vae(Path(recipe.start) if recipe.start else out / FILE, device)
-    taps = TemporalTaps(vae).to(device)
+    taps = TemporalTaps(vae, recipe.decoder_only).to(device)
     schedule = Schedule(steps=recipe.steps, minutes=total_minutes, peak=recipe.peak, warmup=50)
     run = TrainingRun(taps, schedule, folder=out, name="clips_state", seed=recipe.seed)
     run.resume()
