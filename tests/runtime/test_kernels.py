@@ -1,0 +1,57 @@
+"""Triton kernels in its interpreter, small shapes, against float64."""
+
+import os
+
+import pytest
+import torch
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, which happens below alone on a CPU
+pytest.importorskip("triton")
+
+from lance_quant.runtime.kernels.gemv import GemvConfig, gemv  # noqa: E402
+from tests.random_int4 import distance, random_int4  # noqa: E402
+
+CLOSE = 1e-5  # outputs are float32 here: the interpreter cuts a bf16 off instead of rounding it
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize(("outputs", "inputs", "group"), [(24, 256, 32), (7, 384, 64), (16, 640, 128)])
+def test_gemv(rows, outputs, inputs, group):
+    linear, exact = random_int4(outputs, inputs, group, bias=rows % 2 == 1)
+    x = torch.randn(rows, inputs).bfloat16()
+    y = gemv(
+        x,
+        linear.qweight,
+        linear.scales,
+        linear.zeros,
+        linear.bias,
+        out=torch.empty(rows, outputs),
+        config=GemvConfig(4, 32, 1),
+    )
+    assert distance(y, exact(x)) < CLOSE
+
+
+def test_gemv_with_silu_mul_and_residual():
+    linear, exact = random_int4(32, 128, 32, bias=True)
+    x, residual = torch.randn(2, 128).bfloat16(), torch.randn(2, 16).bfloat16()
+    gate, up = exact(x).chunk(2, -1)
+    y = gemv(
+        x,
+        linear.qweight,
+        linear.scales,
+        linear.zeros,
+        linear.bias,
+        residual=residual,
+        silu_mul=True,
+        out=torch.empty(2, 16),
+    )
+    assert distance(y, torch.nn.functional.silu(gate) * up + residual.double()) < CLOSE
+
+
+def test_a_large_activation_leaves_the_others_their_digits():
+    linear, exact = random_int4(16, 128, 64, bias=False)
+    x = torch.randn(1, 128).bfloat16()
+    x[0, 5] = 8192
+    linear.qweight[:, 2] = linear.qweight[:, 2] & 15 | linear.zeros[:, 0] << 4  # the weight that meets it is 0
+    y = gemv(x, linear.qweight, linear.scales, linear.zeros, out=torch.empty(1, 16))
+    assert distance(y, exact(x)) < 4e-3
