@@ -1,14 +1,16 @@
 """`TensorReader`: one safetensors file, read tensor by tensor or piece by piece, never as a whole.
 
 Reads go into buffers of our own, not through a mapped file: what a mapping has shown stays in memory until it is
-closed, and a copy from it to a GPU can neither overlap the next read nor be cast on the device.
+closed, and a copy from it to a GPU can neither overlap the next read nor be cast on the device. Buffers for a GPU are
+page-locked and the process's, not a reader's: PyTorch never gives such memory back, and each reader's would add up.
 """
 
 import json
 import os
-import threading
+import queue
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,7 +19,7 @@ import torch
 
 from lance_quant.errors import LanceQuantError
 
-PIECE_BYTES = 32 * 2**20  # a 1.2 GB embedding is cast in pieces of this size: the peak stays near the result's size
+PIECE_BYTES = 16 * 2**20  # a 1.2 GB embedding is cast in pieces of this size: the peak stays near the result's size
 READERS = 4  # tensors read at a time: one thread waits for the disk while another's piece is on its way to the GPU
 DTYPES = {
     "F64": torch.float64,
@@ -48,6 +50,33 @@ class Entry:
         return prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
+class PinnedBuffers:
+    """At most `count` page-locked buffers, lent to one thread at a time and made when they are first needed."""
+
+    def __init__(self, count: int):
+        self._free: queue.LifoQueue[torch.Tensor | None] = queue.LifoQueue()  # so that a made one is lent again first
+        for _ in range(count):
+            self._free.put(None)
+
+    @contextmanager
+    def lend(self, size: int) -> Iterator[torch.Tensor]:
+        """A buffer of `size` bytes or more; waits until one is free. What reads from it must be done at the end."""
+        buffer = self._free.get()
+        try:
+            if buffer is None or buffer.numel() < size:
+                buffer = _pinned(max(size, PIECE_BYTES))
+            yield buffer
+        finally:
+            self._free.put(buffer)
+
+
+def _pinned(size: int) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+
+PINNED = PinnedBuffers(READERS)
+
+
 class TensorReader:
     """Context manager over the tensors of a safetensors file; reads may come from several threads.
 
@@ -68,7 +97,6 @@ class TensorReader:
             raise LanceQuantError(
                 f"{self.path} is truncated or not a safetensors file ({error}): fetch the file again"
             ) from None
-        self._staging = threading.local()
 
     def __enter__(self) -> "TensorReader":
         return self
@@ -105,8 +133,9 @@ class TensorReader:
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
         """The tensor's rows on the CPU in blocks of about PIECE_BYTES, each good until the next one is asked for."""
         entry = self._entry(name)
+        buffer = _pageable(entry)
         for first, rows in _blocks(entry):
-            yield self._staged(entry, first, rows, pinned=False)
+            yield self._read_rows(buffer, entry, first, rows)
 
     def read_into(self, name: str, out: torch.Tensor) -> torch.Tensor:
         """Fill `out` (any device, any dtype) with the tensor; shapes must agree. Casts run where `out` is."""
@@ -119,12 +148,13 @@ class TensorReader:
             if out.device.type == "cpu" and out.dtype == DTYPES[entry.dtype] and out.is_contiguous():
                 self._read(out, entry.start)
                 return out
-            for first, rows in _blocks(entry):
-                piece = self._staged(entry, first, rows, pinned=out.is_cuda)
-                target = out[first : first + rows] if entry.shape else out
-                target.copy_(piece, non_blocking=True)
-                if out.is_cuda:
-                    torch.cuda.current_stream(out.device).synchronize()  # the next piece takes the same buffer
+            with PINNED.lend(_largest_block(entry)) if out.is_cuda else nullcontext(_pageable(entry)) as buffer:
+                for first, rows in _blocks(entry):
+                    piece = self._read_rows(buffer, entry, first, rows)
+                    target = out[first : first + rows] if entry.shape else out
+                    target.copy_(piece, non_blocking=True)
+                    if out.is_cuda:
+                        torch.cuda.current_stream(out.device).synchronize()  # the next piece takes the same buffer
         return out
 
     def read_all(self, outs: Mapping[str, torch.Tensor]) -> None:
@@ -134,16 +164,10 @@ class TensorReader:
             for _ in pool.map(lambda name: self.read_into(name, outs[name]), names):
                 pass
 
-    def _staged(self, entry: Entry, first: int, rows: int, pinned: bool) -> torch.Tensor:
-        """Rows of a tensor in this thread's buffer."""
+    def _read_rows(self, buffer: torch.Tensor, entry: Entry, first: int, rows: int) -> torch.Tensor:
+        """Rows of a tensor, in the buffer."""
         shape = (rows, *entry.shape[1:]) if entry.shape else ()
         size = prod(shape) * DTYPES[entry.dtype].itemsize
-        buffer = getattr(self._staging, "buffer", None)
-        if buffer is None or buffer.numel() < size or (pinned and not buffer.is_pinned()):
-            buffer = torch.empty(
-                max(size, PIECE_BYTES) if pinned else size, dtype=torch.uint8, device="cpu", pin_memory=pinned
-            )
-            self._staging.buffer = buffer
         piece = buffer[:size].view(DTYPES[entry.dtype]).view(shape)
         self._read(piece, entry.start + first * (size // max(1, rows)))
         return piece
@@ -166,6 +190,16 @@ def _blocks(entry: Entry) -> Iterator[tuple[int, int]]:
     rows = max(1, PIECE_BYTES // (entry.bytes // total))
     for first in range(0, total, rows):
         yield first, min(rows, total - first)
+
+
+def _largest_block(entry: Entry) -> int:
+    """Bytes."""
+    total = entry.shape[0] if entry.shape else 1
+    return max((rows * (entry.bytes // total) for _, rows in _blocks(entry)), default=0)
+
+
+def _pageable(entry: Entry) -> torch.Tensor:
+    return torch.empty(_largest_block(entry), dtype=torch.uint8, device="cpu")
 
 
 def _read_header(file) -> dict[str, Entry]:

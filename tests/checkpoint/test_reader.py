@@ -1,6 +1,8 @@
 """Reading by pieces and by several threads: what comes out, what is held, and what is refused."""
 
 import struct
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -58,6 +60,32 @@ def test_pieces_are_small_and_whole(path):
             assert all(piece.nbytes <= 400 for piece in pieces)
             if tensor.numel():
                 assert torch.equal(torch.cat(pieces) if tensor.dim() else pieces[0], tensor)
+
+
+def test_page_locked_buffers_are_few_and_lent_again(monkeypatch):
+    made = []
+
+    def pinned(size: int) -> torch.Tensor:
+        made.append(size)
+        return torch.empty(size, dtype=torch.uint8)
+
+    monkeypatch.setattr(reader_module, "_pinned", pinned)
+    monkeypatch.setattr(reader_module, "PIECE_BYTES", 400)
+    buffers = reader_module.PinnedBuffers(2)
+    for _ in range(5):
+        with buffers.lend(100):
+            pass
+    assert made == [400]  # as large as a piece, and the same one each time
+    together = threading.Barrier(2)
+
+    def use(size: int) -> int:
+        with buffers.lend(size) as buffer:
+            together.wait(timeout=10)
+            return buffer.numel()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sorted(pool.map(use, (100, 900, 100, 900)))[-2:] == [900, 900]
+    assert len(made) <= 1 + 1 + 2  # the second buffer, and either grown once
 
 
 def test_refuses_a_wrong_shape(path):
