@@ -8,6 +8,8 @@ import torch
 os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, which happens below alone on a CPU
 pytest.importorskip("triton")
 
+from lance_quant.runtime.kernels.dequantize import DequantizeConfig, dequantize  # noqa: E402
+from lance_quant.runtime.kernels.gemm import GemmConfig, gemm  # noqa: E402
 from lance_quant.runtime.kernels.gemv import GemvConfig, gemv  # noqa: E402
 from tests.random_int4 import distance, random_int4  # noqa: E402
 
@@ -55,3 +57,22 @@ def test_a_large_activation_leaves_the_others_their_digits():
     linear.qweight[:, 2] = linear.qweight[:, 2] & 15 | linear.zeros[:, 0] << 4  # the weight that meets it is 0
     y = gemv(x, linear.qweight, linear.scales, linear.zeros, out=torch.empty(1, 16))
     assert distance(y, exact(x)) < 4e-3
+
+
+@pytest.mark.parametrize("rows", [1, 7, 17, 33])
+@pytest.mark.parametrize(("outputs", "inputs", "group"), [(24, 256, 32), (40, 384, 64), (16, 640, 128)])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_gemm(rows, outputs, inputs, group, splits):
+    linear, exact = random_int4(outputs, inputs, group, bias=rows % 2 == 1)
+    x = torch.randn(rows, inputs)  # the interpreter multiplies bf16 matrices as integers
+    config = GemmConfig(16, 16, 128, splits, 1, 1)
+    y = gemm(x, linear.qweight, linear.scales, linear.zeros, linear.bias, config=config)
+    assert distance(y, exact(x)) < CLOSE
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "group"), [(5, 64, 32), (7, 384, 64), (8, 640, 128), (3, 1280, 256)])
+def test_dequantize(outputs, inputs, group):
+    linear, _ = random_int4(outputs, inputs, group)
+    config = DequantizeConfig(4, 256, 1)
+    got = dequantize(linear.qweight, linear.scales, linear.zeros, torch.empty(outputs, inputs), config)
+    assert torch.equal(got, linear.weight(torch.float32))
