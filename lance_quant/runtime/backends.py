@@ -1,34 +1,46 @@
-"""`BACKENDS`: the ways to multiply by packed codes; each serves the native buffers as they are.
+"""`BACKENDS`: the ways to multiply by packed codes, each from the one copy that an `Int4Linear` holds.
 
-A row says on which devices a backend runs and for how many rows of x at most; `run(linear, x)` takes x [M, I].
+A row says on which devices a backend runs and for how many rows of x at most; `run(linear, x)` takes x [M, I]. All but
+`reference` and `blocks` take bf16 alone, and the Triton ones groups of a power of two.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from lance_quant.runtime import cpu_layout
 
 if TYPE_CHECKING:
     from lance_quant.runtime.int4_linear import Int4Linear
 
+CHUNK_ELEMENTS = 2**24  # dequantized at a time on a GPU: 32 MB of bf16 stay in an H100's L2 until they are multiplied
+GEMV_ROWS = 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """devices: types of torch devices. most_rows: None for any number. groups: sizes served, empty for any."""
+    """devices: types of torch devices, empty for any. most_rows: None for any number."""
 
     name: str
     run: Callable[["Int4Linear", Tensor], Tensor]
-    devices: tuple[str, ...]
+    serves_linear: Callable[["Int4Linear"], bool] = lambda linear: True
+    devices: tuple[str, ...] = ()
     most_rows: int | None = None
-    groups: tuple[int, ...] = ()
+    any_dtype: bool = False
 
     def serves(self, linear: "Int4Linear", x: Tensor) -> bool:
         return (
-            x.device.type in self.devices
+            (not self.devices or x.device.type in self.devices)
+            and (self.any_dtype or x.dtype == torch.bfloat16)
             and (self.most_rows is None or len(x) <= self.most_rows)
-            and (not self.groups or linear.group_size in self.groups)
+            and self.serves_linear(linear)
         )
 
 
@@ -38,5 +50,92 @@ def reference(linear: "Int4Linear", x: Tensor) -> Tensor:
     return F.linear(x, linear.weight(x.dtype), bias)
 
 
-REFERENCE = Backend(name="reference", run=reference, devices=("cpu", "cuda", "mps", "xpu", "meta"))
-BACKENDS = {backend.name: backend for backend in (REFERENCE,)}
+def blocks(linear: "Int4Linear", x: Tensor) -> Tensor:
+    """Block by block, in float32 where a CPU has no bf16 arithmetic."""
+    wide = x.float() if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not cpu_has_bf16() else x
+    y = torch.cat([(wide @ block.T).to(x.dtype) for block in linear.blocks(wide.dtype)], dim=-1)
+    return y if linear.bias is None else y + linear.bias.to(x.dtype)
+
+
+def cpu_int4(linear: "Int4Linear", x: Tensor) -> Tensor:
+    y = cpu_layout.multiply(x.contiguous(), linear.qweight, linear.group_size, linear.terms)
+    return y if linear.bias is None else y + linear.bias
+
+
+def triton_gemv(linear: "Int4Linear", x: Tensor) -> Tensor:
+    from lance_quant.runtime.kernels.gemv import gemv
+
+    return gemv(x.contiguous(), linear.qweight, linear.scales, linear.zeros, linear.bias)
+
+
+def triton_gemm(linear: "Int4Linear", x: Tensor) -> Tensor:
+    from lance_quant.runtime.kernels.gemm import gemm
+
+    return gemm(x.contiguous(), linear.qweight, linear.scales, linear.zeros, linear.bias)
+
+
+def triton_dequant_cublas(linear: "Int4Linear", x: Tensor) -> Tensor:
+    """Chunk by chunk into one buffer of the device, then cuBLAS. Calls on two streams would share the buffer."""
+    from lance_quant.runtime.kernels.dequantize import dequantize
+
+    step = max(1, CHUNK_ELEMENTS // linear.in_features)
+    buffer = _chunk(x.device, CHUNK_ELEMENTS)
+    out = x.new_empty(len(x), linear.out_features)
+    for first in range(0, linear.out_features, step):
+        rows = slice(first, min(first + step, linear.out_features))
+        count = rows.stop - first
+        weight = buffer[: count * linear.in_features].view(count, linear.in_features)
+        dequantize(linear.qweight[rows], linear.scales[rows], linear.zeros[rows], weight)
+        if linear.bias is None:
+            torch.mm(x, weight.T, out=out[:, rows])
+        else:
+            torch.addmm(linear.bias[rows], x, weight.T, out=out[:, rows])
+    return out
+
+
+def dense(linear: "Int4Linear", x: Tensor) -> Tensor:
+    """The kept bf16 weight."""
+    return F.linear(x, linear.dense, linear.bias)
+
+
+@cache
+def _chunk(device: torch.device, elements: int) -> Tensor:
+    """Made at the first call, which comes before a graph is captured: capturing needs the kernels compiled too."""
+    return torch.empty(elements, dtype=torch.bfloat16, device=device)
+
+
+@cache
+def cpu_has_bf16() -> bool:
+    return (
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
+        else False
+    )
+
+
+@cache
+def has_triton() -> bool:
+    return "triton" in sys.modules or find_spec("triton") is not None
+
+
+def _triton_serves(linear: "Int4Linear") -> bool:
+    group = linear.group_size
+    return has_triton() and group >= 16 and group & (group - 1) == 0
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend(
+            name="triton_gemv", run=triton_gemv, serves_linear=_triton_serves, devices=("cuda",), most_rows=GEMV_ROWS
+        ),
+        Backend(name="triton_gemm", run=triton_gemm, serves_linear=_triton_serves, devices=("cuda",)),
+        Backend(
+            name="triton_dequant_cublas", run=triton_dequant_cublas, serves_linear=_triton_serves, devices=("cuda",)
+        ),
+        Backend(name="dense", run=dense, serves_linear=lambda linear: linear.dense is not None),
+        Backend(name="cpu_int4", run=cpu_int4, serves_linear=lambda linear: linear.terms is not None, devices=("cpu",)),
+        Backend(name="blocks", run=blocks, any_dtype=True),
+        Backend(name="reference", run=reference, any_dtype=True),
+    )
+}

@@ -10,9 +10,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from lance_quant.checkpoint.native import PARTS, part_shapes, unpack_nibbles
+from lance_quant.checkpoint.native import PARTS, pack_nibbles, part_shapes, unpack_nibbles
 from lance_quant.errors import LanceQuantError
+from lance_quant.runtime.cpu_layout import GROUPS, block_rows, pack_rows, terms, unpack_rows
 from lance_quant.runtime.selection import choose
+
+BLOCK_ELEMENTS = 2**22  # of a weight dequantized at a time
 
 
 class Int4Linear(nn.Module):
@@ -20,8 +23,9 @@ class Int4Linear(nn.Module):
 
     Buffers as in the native layout: qweight uint8 [O, I/2], scales bf16 [O, I/G], zeros uint8 [O, I/G], bias bf16 [O]
     or None. Built empty on `device`; `swap.swap_linears` fills it.
-    backend: the name of the one to use for any number of rows; None: as measured or built in for the device.
+    backend: the name of the one to use wherever it serves; None: as measured or built in for the device.
     dense: the weight in bf16 [O, I] where `keep_dense` made it, None otherwise; no part of the state.
+    terms: None, or what goes with codes that `to_cpu_layout` has put in another order; the state has them in order.
     """
 
     backend: str | None = None
@@ -37,22 +41,45 @@ class Int4Linear(nn.Module):
         empty_bias = torch.empty(self.out_features, dtype=torch.bfloat16, device=device) if bias else None
         self.register_buffer("bias", empty_bias)
         self.register_buffer("dense", None, persistent=False)
+        self.register_buffer("terms", None, persistent=False)
+
+    def codes(self, rows: slice = slice(None)) -> Tensor:
+        """uint8 [O, I]; of codes in the CPU's layout, rows of whole blocks alone."""
+        return (
+            unpack_nibbles(self.qweight[rows]) if self.terms is None else unpack_rows(self.qweight[rows], block_rows())
+        )
 
     def weight(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
         """The dequantized weight [O, I], or some rows of it; one rounding to `dtype`, as code - zero is exact."""
-        codes = unpack_nibbles(self.qweight[rows]).unflatten(-1, (-1, self.group_size))
+        codes = self.codes(rows).unflatten(-1, (-1, self.group_size))
         steps = codes.to(dtype) - self.zeros[rows, :, None].to(dtype)
         return (steps * self.scales[rows, :, None].to(dtype)).flatten(1)
 
-    def blocks(self, dtype: torch.dtype, size: int) -> Iterator[Tensor]:
-        """The weight's rows in blocks of at most `size` elements: a whole one never exists."""
-        step = max(1, size // self.in_features)
+    def blocks(self, dtype: torch.dtype, elements: int = BLOCK_ELEMENTS) -> Iterator[Tensor]:
+        """The weight's rows in blocks of about `elements`: a whole one never exists."""
+        step = max(1, elements // self.in_features)
+        if self.terms is not None:
+            step = max(1, step // block_rows()) * block_rows()
         for first in range(0, self.out_features, step):
             yield self.weight(dtype, slice(first, first + step))
 
     def keep_dense(self) -> None:
         """Keep the weight in bf16 beside the codes: many rows then need no dequantizing."""
-        self.dense = torch.cat(list(self.blocks(torch.bfloat16, 2**24)))
+        self.dense = torch.cat(list(self.blocks(torch.bfloat16)))
+
+    def to_cpu_layout(self) -> bool:
+        """Put the codes in the order of torch's int4 kernel for CPUs; False where that does not serve this linear."""
+        rows = block_rows()
+        if self.terms is not None or not rows or self.out_features % rows or self.group_size not in GROUPS:
+            return self.terms is not None
+        self.qweight = pack_rows(self.codes(), rows)
+        self.terms = terms(self.scales, self.zeros)
+        return True
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.terms is not None:
+            destination[f"{prefix}qweight"] = pack_nibbles(self.codes())
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
@@ -66,7 +93,7 @@ class Int4Linear(nn.Module):
 def fuse(linears: Sequence[Int4Linear]) -> Int4Linear:
     """One linear whose outputs are those of `linears` side by side; these are left empty, on the meta device.
 
-    Where only some have a bias the others' is 0. Raises LanceQuantError unless inputs and group size agree.
+    Where only some have a bias the others' is 0. Raises LanceQuantError unless inputs, group size and layout agree.
     """
     first = linears[0]
     for linear in linears[1:]:
@@ -75,19 +102,20 @@ def fuse(linears: Sequence[Int4Linear]) -> Int4Linear:
                 f"linears of {first.in_features} inputs in groups of {first.group_size} and of {linear.in_features} in "
                 f"groups of {linear.group_size} do not make one: fuse those that read the same input alone"
             )
+    if any(linear.terms is not None for linear in linears):
+        raise LanceQuantError("linears are fused before their codes are put in the CPU's layout, not after")
     outputs = sum(linear.out_features for linear in linears)
-    biased = any(linear.bias is not None for linear in linears)
-    whole = Int4Linear((outputs, first.in_features), first.group_size, biased, device="meta")
-    whole.backend = first.backend
     device = first.qweight.device
-    for part in PARTS:  # part by part, so that no more than one part of the linears exists twice
+    whole = Int4Linear((outputs, first.in_features), first.group_size, bias=False, device="meta")
+    whole.backend = first.backend
+    if any(linear.bias is not None for linear in linears):
+        zeros = (torch.zeros(linear.out_features, dtype=torch.bfloat16, device=device) for linear in linears)
+        whole.bias = torch.cat([b if a.bias is None else a.bias for a, b in zip(linears, zeros, strict=True)])
+    for part in PARTS:  # one after the other, so that no more than one part of the linears exists twice
         setattr(whole, part, torch.cat([getattr(linear, part) for linear in linears]))
         for linear in linears:
             setattr(linear, part, getattr(linear, part).to("meta"))
-    if biased:
-        zero = [torch.zeros(linear.out_features, dtype=torch.bfloat16, device=device) for linear in linears]
-        whole.bias = torch.cat([b if a.bias is None else a.bias for a, b in zip(linears, zero, strict=True)])
     for linear in linears:
-        linear.bias = None if linear.bias is None else linear.bias.to("meta")
         linear.dense = None
+        linear.bias = None if linear.bias is None else linear.bias.to("meta")
     return whole

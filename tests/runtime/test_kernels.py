@@ -5,7 +5,8 @@ import os
 import pytest
 import torch
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, which happens below alone on a CPU
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported
 pytest.importorskip("triton")
 
 from lance_quant.runtime.kernels.dequantize import DequantizeConfig, dequantize  # noqa: E402

@@ -1,0 +1,137 @@
+"""Every backend against float64; what a table chooses; what fuse and the CPU's layout keep."""
+
+import json
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported
+
+from lance_quant.errors import LanceQuantError
+from lance_quant.runtime import selection
+from lance_quant.runtime.backends import BACKENDS, CHUNK_ELEMENTS
+from lance_quant.runtime.int4_linear import fuse
+from lance_quant.runtime.selection import BUILT_IN, Choice, choose, read_table, table_file, write_table
+from tests.random_int4 import distance, random_int4
+
+CLOSE = 4e-3
+ON_CPU = ("reference", "blocks", "cpu_int4")
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products(name, group, bias):
+    (linear, _), (_, exact) = (random_int4(128, 256, group, bias) for _ in range(2))
+    assert linear.to_cpu_layout() or name != "cpu_int4"
+    linear.backend = name
+    for rows in (1, 2, 3, 7, 16, 17, 33):
+        x = torch.randn(rows, 256).bfloat16()
+        assert BACKENDS[name].serves(linear, x)
+        assert distance(linear(x), exact(x)) < CLOSE
+    assert linear(x.view(3, 11, 256)).shape == (3, 11, 128)
+
+
+@pytest.mark.parametrize("group", [32, 64])
+def test_the_cpu_layout_is_the_same_linear(group):
+    native, exact = random_int4(192, 64 * 3, group, bias=True)
+    linear, _ = random_int4(192, 64 * 3, group, bias=True)
+    assert linear.to_cpu_layout() and not torch.equal(linear.qweight, native.qweight)
+    assert torch.equal(linear.weight(torch.float32), native.weight(torch.float32))
+    assert torch.equal(torch.cat(list(linear.blocks(torch.bfloat16, 5000))), native.weight(torch.bfloat16))
+    for key, value in linear.state_dict().items():
+        assert torch.equal(value, native.state_dict()[key])
+    wide = torch.randn(5, 192, dtype=torch.float64)
+    torch.testing.assert_close(linear(wide), exact(wide))
+
+
+def test_a_linear_that_the_cpu_kernel_does_not_serve_stays_as_it_is():
+    for linear, exact in (random_int4(24, 64, 32), random_int4(64, 64, 16)):
+        assert not linear.to_cpu_layout()
+        x = torch.randn(2, 64).bfloat16()
+        assert distance(linear(x), exact(x)) < CLOSE
+
+
+def test_kept_bf16_weights_serve_many_rows():
+    linear, exact = random_int4(64, 64, 32, bias=True)
+    linear.keep_dense()
+    assert torch.equal(linear.dense, linear.weight(torch.bfloat16)) and "dense" not in linear.state_dict()
+    x = torch.randn(3, 64).bfloat16()
+    assert distance(BACKENDS["dense"].run(linear, x), exact(x)) < CLOSE
+
+
+def test_fuse():
+    parts = [random_int4(outputs, 64, 32, bias, seed) for outputs, bias, seed in ((32, True, 0), (16, False, 1))]
+    x = torch.randn(3, 64, dtype=torch.float64)
+    wanted = torch.cat([exact(x) for _, exact in parts], dim=-1)
+    whole = fuse([linear for linear, _ in parts])
+    torch.testing.assert_close(whole(x), wanted)
+    assert (whole.out_features, whole.bias[32:].any()) == (48, False)
+    assert all(buffer.is_meta for linear, _ in parts for buffer in linear.buffers())
+
+
+def test_fuse_refuses_linears_that_do_not_share_an_input():
+    with pytest.raises(LanceQuantError, match="of 64 inputs in groups of 32 and of 64 in groups of 16"):
+        fuse([random_int4(16, 64, 32)[0], random_int4(16, 64, 16)[0]])
+    packed = random_int4(64, 64, 32)[0]
+    packed.to_cpu_layout()
+    with pytest.raises(LanceQuantError, match="fused before"):
+        fuse([packed, packed])
+
+
+def test_an_unknown_backend():
+    linear, _ = random_int4(16, 64, 32)
+    linear.backend = "fastest"
+    with pytest.raises(LanceQuantError, match="backend=fastest is unknown: take one of triton_gemv,"):
+        linear(torch.randn(1, 64))
+
+
+def test_the_table_chooses_by_rows(monkeypatch):
+    linear, _ = random_int4(64, 64, 32)
+    linear.to_cpu_layout()
+    table = (Choice(2, "cpu_int4"), Choice(None, "blocks"))
+    monkeypatch.setattr(selection, "table_of", lambda device: table)
+    chosen = [choose(linear, torch.zeros(rows, 64, dtype=torch.bfloat16)).__name__ for rows in (1, 2, 3)]
+    assert chosen == ["cpu_int4", "cpu_int4", "blocks"]
+    assert choose(linear, torch.zeros(1, 64)).__name__ == "blocks"  # the kernel takes bf16 alone
+    linear.backend = "reference"
+    assert choose(linear, torch.zeros(1, 64)).__name__ == "reference"
+
+
+def test_built_in_tables_end_with_any_number():
+    for table in BUILT_IN.values():
+        assert table[-1].most_rows is None and all(choice.backend in BACKENDS for choice in table)
+
+
+def test_a_table_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("LANCE_QUANT_CACHE", str(tmp_path / "cache"))
+    table = (Choice(3, "triton_gemv"), Choice(None, "triton_dequant_cublas"))
+    assert read_table("GPU X") is None
+    path = write_table("GPU X", table)
+    assert read_table("GPU X") == table and read_table("GPU Y") is None
+    path.rename(table_file("GPU Y"))
+    assert read_table("GPU Y") is None  # it says which GPU it is of
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda held: "{",
+        lambda held: json.dumps([held]),
+        lambda held: json.dumps(held | {"version": 0}),
+        lambda held: json.dumps(held | {"choices": []}),
+        lambda held: json.dumps(held | {"choices": [{"most_rows": None, "backend": "gone"}]}),
+        lambda held: json.dumps(held | {"choices": [{"most_rows": 4, "backend": "blocks"}]}),
+    ],
+)
+def test_a_damaged_table_counts_as_none(tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("LANCE_QUANT_CACHE", str(tmp_path))
+    path = write_table("GPU X", (Choice(None, "blocks"),))
+    path.write_text(damage(json.loads(path.read_text())))
+    assert read_table("GPU X") is None
+
+
+def test_chunks_of_the_buffer_hold_every_lance_linear():
+    assert CHUNK_ELEMENTS >= 11008
