@@ -22,14 +22,26 @@ class KVCache:
         self.capacity = capacity
         self.length = 0
 
+    @classmethod
+    def over(cls, keys: torch.Tensor, values: torch.Tensor) -> "KVCache":
+        """An empty cache in memory that is there already, [layers, B, kv_heads, capacity, head_dim]."""
+        cache = cls.__new__(cls)
+        cache.keys, cache.values, cache.capacity, cache.length = keys, values, keys.shape[3], 0
+        return cache
+
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Put this call's keys and values behind the context; returns views of context and call together."""
-        end = self.length + key.shape[2]
-        if end > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} tokens, {end} are needed")
+        end = self.check(key.shape[2])
         self.keys[layer, :, :, self.length : end] = key
         self.values[layer, :, :, self.length : end] = value
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def check(self, tokens: int) -> int:
+        """Where a call of so many tokens ends. Raises ValueError where it does not fit."""
+        end = self.length + tokens
+        if end > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens, {end} are needed")
+        return end
 
     def advance(self, tokens: int) -> None:
         """Keep what the last call wrote."""

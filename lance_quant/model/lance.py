@@ -3,6 +3,8 @@
 lance = load_lance(open_checkpoint(CheckpointConfig(path="downloads/Lance_3B")), device="cuda")
 """
 
+from typing import Protocol
+
 import torch
 from torch import nn
 
@@ -15,12 +17,23 @@ from lance_quant.model.sequence import Sample
 from lance_quant.model.vision import build_vision_tower
 
 
+class FastPath(Protocol):
+    """Other ways to the same velocities and tokens, which the loops take where a model has them."""
+
+    def denoising(self, flow):
+        """A flow over a kept context -> one that gives the same velocities."""
+
+    def decoding(self, context: torch.Tensor, positions: torch.Tensor, sample: Sample, extra: int):
+        """What `understanding` calls for each token: context [1, n, H] at positions [3, n + extra]."""
+
+
 class Lance(nn.Module):
     """The whole model but the VAE. vision_config: the vision tower's `config.json`; None: a decoder alone, for text."""
 
     def __init__(self, config: LanceConfig, vision_config: dict | None, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config = config
+        self.fast: FastPath | None = None
         self.language_model = LanguageModel(config)
         if vision_config is None:
             return

@@ -22,20 +22,25 @@ class Routing:
     """Positions along the sequence of each expert's tokens, the same for every row of a batch.
 
     und, gen: int64 [n_und] and [n_gen], together a permutation of the sequence; both None: all tokens are und.
+    stretch: (start, end) of the gen tokens where they stand together, so that taking them out copies nothing.
     """
 
     und: torch.Tensor | None = None
     gen: torch.Tensor | None = None
+    stretch: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, is_latent: torch.Tensor) -> "Routing":
         """From a bool [n] mask of the latent tokens."""
         if not bool(is_latent.any()):
             return cls()
-        return cls(und=(~is_latent).nonzero().squeeze(1), gen=is_latent.nonzero().squeeze(1))
+        gen = is_latent.nonzero().squeeze(1)
+        start, end = int(gen[0]), int(gen[-1]) + 1
+        together = (start, end) if end - start == len(gen) else None
+        return cls(und=(~is_latent).nonzero().squeeze(1), gen=gen, stretch=together)
 
     def to(self, device: torch.device | str) -> "Routing":
-        return self if self.gen is None else Routing(self.und.to(device), self.gen.to(device))
+        return self if self.gen is None else Routing(self.und.to(device), self.gen.to(device), self.stretch)
 
     def split(self, x: torch.Tensor) -> Twin:
         """x [B, n, ...] -> each expert's rows."""

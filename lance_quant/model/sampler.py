@@ -221,7 +221,10 @@ class UncachedFlow:
 
 
 def start_flow(lance: Lance, sample: Sample, state: torch.Tensor, cfg: FlowConfig) -> Flow:
-    return (CachedFlow if cfg.cached else UncachedFlow)(lance, sample, state, cfg)
+    if not cfg.cached:
+        return UncachedFlow(lance, sample, state, cfg)
+    flow = CachedFlow(lance, sample, state, cfg)
+    return flow if lance.fast is None else lance.fast.denoising(flow)
 
 
 def initial_state(sample: Sample, seed: int, channels: int, dtype: torch.dtype, device="cpu") -> torch.Tensor:

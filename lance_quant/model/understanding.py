@@ -21,7 +21,7 @@ class Answer:
     logits: torch.Tensor | None
 
 
-def _context(lance: Lance, sample: Sample, extra: int) -> tuple[torch.Tensor, torch.Tensor]:
+def context_of(lance: Lance, sample: Sample, extra: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeddings [1, n, H] of the context and positions [3, n + extra]; what is decoded counts on (no shift)."""
     ids = sample.ids[: sample.context_length]
     positions = rope_positions(ids, sample.grids, lance.config.video_token_id)
@@ -53,12 +53,15 @@ def answer(
 
     cached=False runs the whole sequence anew for every token, as upstream's uncached path does: same tokens, slow.
     """
-    step = _CachedSteps(lance, sample, max_new_tokens) if cached else _UncachedSteps(lance, sample, max_new_tokens)
+    if cached and lance.fast is not None:
+        steps = lance.fast.decoding(*context_of(lance, sample, max_new_tokens), sample, max_new_tokens)
+    else:
+        steps = (_CachedSteps if cached else _UncachedSteps)(lance, sample, max_new_tokens)
     tokens: list[int] = []
     kept = []
     while len(tokens) < max_new_tokens:
-        logits = step(tokens[-1] if tokens else None)
-        tokens.append(choose(logits, lance.config.tokenizer_length))
+        token, logits = steps.next(tokens, keep_logits)
+        tokens.append(token)
         if keep_logits:
             kept.append(logits.float())
         if on_token is not None:
@@ -68,13 +71,21 @@ def answer(
     return Answer(tokens, torch.stack(kept) if keep_logits else None)
 
 
-class _CachedSteps:
+class _Steps:
+    """Logits [vocab] of a step, given the newest token; the choice is made on the host."""
+
+    def next(self, tokens: list[int], keep_logits: bool) -> tuple[int, torch.Tensor]:
+        logits = self(tokens[-1] if tokens else None)
+        return choose(logits, self.lance.config.tokenizer_length), logits
+
+
+class _CachedSteps(_Steps):
     """Prefill of all but the last context token; then one token a call. Only the understanding expert runs."""
 
     def __init__(self, lance: Lance, sample: Sample, extra: int):
         self.lance = lance
         self.decoder = lance.language_model.model
-        hidden, self.positions = _context(lance, sample, extra)
+        hidden, self.positions = context_of(lance, sample, extra)
         length = hidden.shape[1] - 1
         self.cache = KVCache(lance.config, length + 1 + extra, 1, lance.device, hidden.dtype)
         spans = context_spans(sample, length)
@@ -90,10 +101,10 @@ class _CachedSteps:
         return self.lance.language_model.lm_head(state)[0, -1]
 
 
-class _UncachedSteps:
+class _UncachedSteps(_Steps):
     def __init__(self, lance: Lance, sample: Sample, extra: int):
         self.lance, self.sample = lance, sample
-        self.hidden, self.positions = _context(lance, sample, extra)
+        self.hidden, self.positions = context_of(lance, sample, extra)
 
     def __call__(self, token: int | None) -> torch.Tensor:
         decoder = self.lance.language_model.model
@@ -115,7 +126,7 @@ def _whole(lance: Lance, sample: Sample, hidden: torch.Tensor, positions: torch.
 @torch.inference_mode()
 def forced_logits(lance: Lance, sample: Sample, tokens: list[int]) -> torch.Tensor:
     """Logits float32 [n, vocab] that predict each of `tokens` [n] from all before it, in one forward."""
-    hidden, positions = _context(lance, sample, len(tokens))
+    hidden, positions = context_of(lance, sample, len(tokens))
     ids = torch.tensor([tokens[:-1]], dtype=torch.int64, device=lance.device)
     hidden = torch.cat((hidden, lance.language_model.model.embed_tokens(ids)), dim=1)
     states = _whole(lance, sample, hidden, positions)

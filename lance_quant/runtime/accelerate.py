@@ -1,0 +1,74 @@
+"""`accelerate(lance)`: the same model, faster: fused layers, one CUDA graph per decoding and denoising step.
+
+lance = accelerate(load_lance(checkpoint, "cuda"))
+
+Weights are taken over, not copied. Tokens and velocities are those of the plain model up to the rounding of its dtype.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from lance_quant.errors import LanceQuantError
+from lance_quant.model.lance import Lance
+from lance_quant.model.sampler import CachedFlow
+from lance_quant.model.sequence import Sample
+from lance_quant.model.understanding import Answer, context_of, context_spans
+from lance_quant.runtime.fused import fuse_decoder
+from lance_quant.runtime.graphs import Decoding, RecordedFlow, Tokens, capacity_for
+
+CHOICES = ("auto", "on", "off")
+
+
+def accelerate(lance: Lance, choice: str = "auto", graphs: bool = True) -> Lance:
+    """choice: auto does it on a GPU only; on: anywhere. graphs: off runs fused layers one kernel launch at a time."""
+    if choice not in CHOICES:
+        raise LanceQuantError(f"accelerate={choice} is unknown: take one of {', '.join(CHOICES)}")
+    if choice == "on" or (choice == "auto" and lance.device.type == "cuda"):
+        fuse_decoder(lance.language_model)
+        lance.fast = Fast(lance, graphs)
+    return lance
+
+
+class Fast:
+    """The `FastPath` of one model. Decoding steps are kept per number of answers and capacity."""
+
+    def __init__(self, lance: Lance, graphs: bool = True):
+        self._lance, self.graphs = [lance], graphs  # in a list: a module would count it among its children
+        self.decodings: dict[tuple[int, int], Decoding] = {}
+
+    def denoising(self, flow: CachedFlow) -> RecordedFlow:
+        return RecordedFlow(flow, self.graphs)
+
+    def decoding(self, context: torch.Tensor, positions: torch.Tensor, sample: Sample, extra: int) -> Tokens:
+        decoding = self.room(1, context.shape[1] + extra + 1)
+        length = context.shape[1] - 1
+        decoding.fill(0, context, positions, int(sample.ids[length]), context_spans(sample, length))
+        return Tokens(decoding, extra)
+
+    def room(self, batch: int, tokens: int) -> Decoding:
+        """The decoding step of so many answers of at most so many tokens, context included."""
+        key = (batch, capacity_for(tokens))
+        if key not in self.decodings:
+            self.decodings[key] = Decoding(self._lance[0], *key, graphs=self.graphs)
+        return self.decodings[key]
+
+
+@torch.inference_mode()
+def answer_together(lance: Lance, samples: Sequence[Sample], max_new_tokens: int = 256) -> list[Answer]:
+    """Greedy answers of several contexts, decoded in one batch by an accelerated model."""
+    contexts = [context_of(lance, sample, max_new_tokens) for sample in samples]
+    decoding = lance.fast.room(len(samples), max(each[0].shape[1] for each in contexts) + max_new_tokens + 1)
+    for row, (sample, (context, positions)) in enumerate(zip(samples, contexts, strict=True)):
+        length = context.shape[1] - 1
+        decoding.fill(row, context, positions, int(sample.ids[length]), context_spans(sample, length))
+    steps, stop = Tokens(decoding, max_new_tokens), lance.config.eos_token_id
+    answers: list[list[int]] = [[] for _ in samples]
+    for at in range(max_new_tokens):
+        steps.start(min(at + 2, max_new_tokens))
+        for tokens, token in zip(answers, steps.row(at), strict=True):
+            if stop not in tokens[-1:]:
+                tokens.append(token)
+        if all(tokens[-1] == stop for tokens in answers):
+            break
+    return [Answer(tokens, None) for tokens in answers]

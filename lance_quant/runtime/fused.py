@@ -1,0 +1,210 @@
+"""`FusedDecoder`: the same decoder with q/k/v and gate/up as one product each and one kernel between two products.
+
+It takes over the weights of a plain decoder layer by layer, nn.Linear or Int4Linear, and serves every call that the
+plain one serves; `step` is the decoding of one more token over a `StaticCache`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lance_quant.model.attention import Span, attend
+from lance_quant.model.cache import KVCache
+from lance_quant.model.decoder import Decoder, LanguageModel, Layer, RMSNorm
+from lance_quant.model.routing import Routing, Twin
+from lance_quant.runtime.attention import StaticCache, attend_kept
+from lance_quant.runtime.int4_linear import Int4Linear, fuse
+from lance_quant.runtime.ops import Heads, Place, QKNorm, add_rms_norm, place_heads, silu_mul
+
+
+class SideBySide(nn.Module):
+    """Linears of one input whose outputs stand side by side, where they cannot be one product."""
+
+    def __init__(self, linears: Sequence[nn.Module]):
+        super().__init__()
+        self.linears = nn.ModuleList(linears)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([linear(x) for linear in self.linears], dim=-1)
+
+
+def one_product(linears: Sequence[nn.Module]) -> nn.Module:
+    """Linears of one input as one, their outputs in order."""
+    if all(type(linear) is nn.Linear for linear in linears):
+        return _one_linear(linears)
+    if all(isinstance(linear, Int4Linear) for linear in linears) and len({each.group_size for each in linears}) == 1:
+        return fuse(linears)
+    return SideBySide(linears)
+
+
+def _one_linear(linears: Sequence[nn.Linear]) -> nn.Linear:
+    rows = sum(linear.out_features for linear in linears)
+    with torch.device("meta"):
+        one = nn.Linear(linears[0].in_features, rows, bias=linears[0].bias is not None)
+    for name in ("weight", "bias"):
+        if getattr(one, name) is not None:
+            value = torch.cat([getattr(linear, name).data for linear in linears])
+            setattr(one, name, nn.Parameter(value, requires_grad=False))
+    return one
+
+
+@dataclass(frozen=True)
+class FusedCall:
+    """What every layer of one call shares. caches as in `decoder.Call`, or the static one of a decoding step."""
+
+    routing: Routing
+    tables: tuple[torch.Tensor, torch.Tensor]
+    spans: Sequence[Span] | None
+    caches: tuple[KVCache, ...] | StaticCache
+    wide_qk: bool
+
+
+class Expert(nn.Module):
+    """One path of a layer. `attend` stands between `read` and `write`, since both paths meet there."""
+
+    def __init__(self, layer: Layer, suffix: str):
+        super().__init__()
+        attention, mlp = layer.self_attn, layer.get_submodule("mlp" + suffix)
+        self.norm = layer.get_submodule("input_layernorm" + suffix)
+        self.qkv = one_product([attention.get_submodule(leaf + suffix) for leaf in ("q_proj", "k_proj", "v_proj")])
+        q_norm, k_norm = (attention.get_submodule(leaf + suffix) for leaf in ("q_norm", "k_norm"))
+        self.q_norm, self.k_norm = q_norm, k_norm
+        self.out = attention.get_submodule("o_proj" + suffix)
+        self.inner_norm = layer.get_submodule("post_attention_layernorm" + suffix)
+        self.gate_up = one_product([mlp.gate_proj, mlp.up_proj])
+        self.down = mlp.down_proj
+
+    @property
+    def qk_norm(self) -> QKNorm:
+        if isinstance(self.q_norm, RMSNorm):
+            return QKNorm(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+        return QKNorm(None, None, 0.0)
+
+    def read(self, x: torch.Tensor, added: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream with what the layer before adds to it, and q, k, v side by side."""
+        x, normed = add_rms_norm(x, added, self.norm.weight, self.norm.eps)
+        return x, self.qkv(normed)
+
+    def write(self, x: torch.Tensor, attended: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream after attention, and what the MLP adds to it."""
+        x, normed = add_rms_norm(x, self.out(attended), self.inner_norm.weight, self.inner_norm.eps)
+        return x, self.down(silu_mul(self.gate_up(normed)))
+
+
+class FusedLayer(nn.Module):
+    def __init__(self, layer: Layer):
+        super().__init__()
+        attention = layer.self_attn
+        self.index, self.head_dim = attention.layer, attention.head_dim
+        self.heads, self.kv_heads = attention.heads, attention.kv_heads
+        self.und, self.gen = Expert(layer, ""), Expert(layer, "_moe_gen")
+
+    def forward(self, x: Twin, added: Twin, call: FusedCall) -> tuple[Twin, Twin]:
+        """Residual stream and what is still to be added to it, in and out."""
+        und, und_qkv = self.und.read(x.und, added.und)
+        if x.gen is None:
+            attended = self._attend(Twin(und_qkv, None), call)
+            und, added_und = self.und.write(und, attended.und)
+            return Twin(und, None), Twin(added_und, None)
+        gen, gen_qkv = self.gen.read(x.gen, added.gen)
+        attended = self._attend(Twin(und_qkv, gen_qkv), call)
+        und, added_und = self.und.write(und, attended.und)
+        gen, added_gen = self.gen.write(gen, attended.gen)
+        return Twin(und, gen), Twin(added_und, added_gen)
+
+    def _attend(self, qkv: Twin, call: FusedCall) -> Twin:
+        """Each path's rows of the attended values [B, rows, heads * d]."""
+        batch, caches = len(qkv.und), call.caches
+        tokens = qkv.und.shape[1] + (0 if qkv.gen is None else qkv.gen.shape[1])
+        queries = qkv.und.new_empty(batch, tokens, self.heads, self.head_dim)
+        if isinstance(caches, StaticCache):
+            out = Heads(queries, caches.keys[self.index], caches.values[self.index])
+            self._place(qkv, slice(None), caches.lengths, out, call)
+            return Twin(attend_kept(queries, out.keys, out.values, caches.lengths).flatten(2), None)
+        rows = []
+        for index, cache in enumerate(caches or (None,)):
+            part = slice(None) if len(caches) < 2 else slice(index, index + 1)
+            start = 0 if cache is None else cache.length
+            keys, values = self._room(qkv.und, tokens, cache)
+            self._place(qkv, part, start, Heads(queries[part], keys, values), call)
+            seen = (kept[:, :, : start + tokens] for kept in (keys, values))
+            rows.append(attend(queries[part].transpose(1, 2), *seen, call.spans).transpose(1, 2).flatten(2))
+        return _split(rows, call.routing)
+
+    def _room(self, like: torch.Tensor, tokens: int, cache: KVCache | None) -> tuple[torch.Tensor, torch.Tensor]:
+        if cache is not None:
+            cache.check(tokens)
+            return cache.keys[self.index], cache.values[self.index]
+        room = (len(like), self.kv_heads, tokens, self.head_dim)
+        return like.new_empty(room), like.new_empty(room)
+
+    def _place(self, qkv: Twin, part: slice, start: int | torch.Tensor, out: Heads, call: FusedCall) -> None:
+        tables = call.tables if len(call.tables[0]) == 1 else tuple(table[part] for table in call.tables)
+        paths = ((self.und, qkv.und, call.routing.und), (self.gen, qkv.gen, call.routing.gen))
+        for expert, rows, places in paths:
+            if rows is not None:
+                place_heads(rows[part], tables, expert.qk_norm, call.wide_qk, Place(places, start), out)
+
+
+def _split(rows: Sequence[torch.Tensor], routing: Routing) -> Twin:
+    """Batch rows [1 or B, n, ...] -> each expert's, copied only where they must be."""
+    if routing.gen is None:
+        return Twin(_joined(rows), None)
+    und = _joined([row.index_select(1, routing.und) for row in rows])
+    if routing.stretch is None:
+        return Twin(und, _joined([row.index_select(1, routing.gen) for row in rows]))
+    start, end = routing.stretch
+    return Twin(und, _joined([row[:, start:end] for row in rows]))
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+class FusedDecoder(Decoder):
+    """Takes the place of `decoder` in a model, and its weights: its layers are gone afterwards."""
+
+    def __init__(self, decoder: Decoder):
+        nn.Module.__init__(self)
+        self.config, self.rope_inv_freq_bf16 = decoder.config, decoder.rope_inv_freq_bf16
+        self.embed_tokens, self.norm, self.norm_moe_gen = decoder.embed_tokens, decoder.norm, decoder.norm_moe_gen
+        self.layers = decoder.layers
+        for index, layer in enumerate(decoder.layers):
+            self.layers[index] = FusedLayer(layer)  # one at a time: the plain one's memory is free before the next
+
+    def forward(self, hidden, positions, routing, spans=None, cache=None, keep=True):
+        call = self.call(hidden, positions, routing, spans, cache)
+        states = self._through(routing.split(hidden), self._fused(call, call.caches))
+        if keep:
+            for each in call.caches:
+                each.advance(hidden.shape[1])
+        return routing.merge(states)
+
+    def step(self, hidden: torch.Tensor, positions: torch.Tensor, cache: StaticCache) -> torch.Tensor:
+        """hidden [B, n, H] at positions [B, 3, n], behind each row's kept tokens -> states [B, n, H].
+
+        Does not count the lengths on. Reads nothing on the host, so that it can be captured.
+        """
+        call = self._fused(self.call(hidden, positions, Routing()), cache)
+        return self._through(Twin(hidden, None), call).und
+
+    def _fused(self, call, caches) -> FusedCall:
+        tables = tuple((table if table.dim() == 3 else table[None]).contiguous() for table in call.rotary)
+        return FusedCall(call.routing, tables, call.spans, caches, call.wide_qk)
+
+    def _through(self, x: Twin, call: FusedCall) -> Twin:
+        added = Twin(None, None)
+        for layer in self.layers:
+            x, added = layer(x, added, call)
+        und = add_rms_norm(x.und, added.und, self.norm.weight, self.norm.eps)[1]
+        if x.gen is None:
+            return Twin(und, None)
+        return Twin(und, add_rms_norm(x.gen, added.gen, self.norm_moe_gen.weight, self.norm_moe_gen.eps)[1])
+
+
+def fuse_decoder(language_model: LanguageModel) -> None:
+    """Fuse a language model's decoder where it is."""
+    if not isinstance(language_model.model, FusedDecoder):
+        language_model.model = FusedDecoder(language_model.model)

@@ -1,0 +1,155 @@
+"""`Recorded`: a call over fixed tensors, a CUDA graph from its second run on; `Decoding` and `RecordedFlow` use it.
+
+A decoding step embeds its token, runs the layers, chooses the next token and counts lengths and positions on, all on
+the device, so that the host only starts it. A denoising step is one graph per number of branches.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from lance_quant.model.attention import Span
+from lance_quant.model.lance import Lance
+from lance_quant.model.routing import Routing
+from lance_quant.model.sampler import TOGETHER_ROWS, CachedFlow, Velocities
+from lance_quant.runtime.attention import StaticCache
+
+LEAST_CAPACITY = 512
+
+
+class Recorded:
+    """Runs `work`, which reads and writes the same tensors every time. On a GPU the first run is a plain one, which
+    compiles what is to be compiled, and the second is recorded; `out` is what the last run returned."""
+
+    def __init__(self, work: Callable[[], object], device: torch.device, graphs: bool = True):
+        self.work, self.device = work, device
+        self.graphs = graphs and device.type == "cuda"
+        self.runs, self.graph, self.out = 0, None, None
+
+    def __call__(self):
+        if self.graphs and self.runs == 1:
+            self._record()
+        if self.graph is None:
+            self.out = self.work()
+        else:
+            self.graph.replay()
+        self.runs += 1
+        return self.out
+
+    def _record(self) -> None:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
+        torch.cuda.synchronize(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):  # other threads may use their GPU meanwhile
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self.out = self.work()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        self.graph = graph
+
+
+def capacity_for(tokens: int) -> int:
+    """Room for that many, of few sizes: each has a graph of its own."""
+    capacity = LEAST_CAPACITY
+    while capacity < tokens:
+        capacity *= 2
+    return capacity
+
+
+class Decoding:
+    """One more token for each of `batch` answers, each behind its own context, again and again.
+
+    1. `fill` every row   2. `run` as often as tokens are wanted   3. read `token` after each; 1 again
+    """
+
+    def __init__(self, lance: Lance, batch: int, capacity: int, graphs: bool = True):
+        self.lance = lance
+        device = lance.device
+        self.cache = StaticCache(lance.config, batch, capacity, device, lance.dtype)
+        self.token = torch.zeros(batch, device=device, dtype=torch.int64)
+        self.position = torch.zeros(batch, 3, 1, device=device, dtype=torch.int64)
+        self.upcoming = torch.zeros(batch, 1, 1, device=device, dtype=torch.int64)
+        self.run = Recorded(self._step, device, graphs)
+
+    def fill(self, row: int, context: torch.Tensor, positions: torch.Tensor, last: int, spans: Sequence[Span]) -> None:
+        """context [1, n, H] at positions [3, n + more] into the cache, all but its last token, whose id is `last`."""
+        length = context.shape[1] - 1
+        decoder = self.lance.language_model.model
+        decoder(context[:, :length], positions[:, :length], Routing(), spans, self.cache.row(row))
+        self.cache.lengths[row] = length
+        self.token[row] = last
+        self.position[row] = positions[:, length : length + 1]
+        self.upcoming[row] = positions[:, length + 1 :][:, :1].amax() if positions.shape[1] > length + 1 else 0
+
+    def _step(self) -> torch.Tensor:
+        model, known = self.lance.language_model, self.lance.config.tokenizer_length
+        states = model.model.step(model.model.embed_tokens(self.token)[:, None], self.position, self.cache)
+        logits = model.lm_head(states[:, -1])
+        self.token.copy_(logits[:, :known].argmax(-1))  # quirk Q10
+        self.position.copy_(self.upcoming.expand_as(self.position))
+        self.upcoming += 1
+        self.cache.lengths += 1
+        return logits
+
+
+class Tokens:
+    """The tokens of a run `Decoding`, one a call. The next step starts before a token is read, so that the GPU does not
+    wait for the host; a step too many at the end does no harm."""
+
+    def __init__(self, decoding: Decoding, most: int):
+        self.decoding, self.most = decoding, most
+        pinned = decoding.lance.device.type == "cuda"
+        self.read = torch.zeros(most, len(decoding.token), dtype=torch.int64, pin_memory=pinned)
+        self.events: list = []
+
+    def next(self, tokens: list[int], keep_logits: bool) -> tuple[int, torch.Tensor | None]:
+        """As `understanding._Steps.next`: the token of row 0, and its logits where they are kept."""
+        at = len(tokens)
+        self.start(at + 1)
+        logits = self.decoding.run.out[0].clone() if keep_logits else None
+        if not keep_logits:
+            self.start(min(at + 2, self.most))
+        return self.row(at)[0], logits
+
+    def start(self, count: int) -> None:
+        """See to it that `count` steps are on their way."""
+        while len(self.events) < count:
+            self.decoding.run()
+            self.read[len(self.events)].copy_(self.decoding.token, non_blocking=True)
+            event = None
+            if self.decoding.lance.device.type == "cuda":
+                event = torch.cuda.Event()
+                event.record()
+            self.events.append(event)
+
+    def row(self, at: int) -> list[int]:
+        """The tokens of step `at`, once it is done."""
+        if self.events[at] is not None:
+            self.events[at].synchronize()
+        return self.read[at].tolist()
+
+
+class RecordedFlow:
+    """A `CachedFlow` whose steps are graphs: same velocities. Steps too long to share a batch run as they are."""
+
+    def __init__(self, flow: CachedFlow, graphs: bool = True):
+        self.flow, self.rows, self.sample = flow, flow.rows, flow.sample
+        self.graphs = graphs and len(flow.rows) <= TOGETHER_ROWS
+        self.state = self.t = None
+        self.steps: dict[bool, Recorded] = {}
+
+    @torch.inference_mode()
+    def velocities(self, state: torch.Tensor, t: torch.Tensor, guided: bool) -> Velocities:
+        device = self.flow.lance.device
+        if self.state is None or self.state.dtype != state.dtype:
+            self.state = torch.empty_like(state, device=device)
+            self.t = torch.empty((), device=device)
+            self.steps.clear()
+        self.state.copy_(state)
+        self.t.copy_(t)
+        if guided not in self.steps:
+            work = self.flow.velocities
+            self.steps[guided] = Recorded(lambda: work(self.state, self.t, guided), device, self.graphs)
+        return Velocities(*(part if part is None else part.clone() for part in self.steps[guided]()))

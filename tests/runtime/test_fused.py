@@ -1,0 +1,102 @@
+"""Fused layers, decoding and denoising steps against the plain model, on the CPU by the torch forms."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lance_quant.errors import LanceQuantError
+from lance_quant.model.cache import KVCache
+from lance_quant.model.inputs import prepare
+from lance_quant.model.lance import load_lance
+from lance_quant.model.prompts import load_tokenizer
+from lance_quant.model.request import Request
+from lance_quant.model.routing import Routing
+from lance_quant.model.sampler import FlowConfig, initial_state, run_flow, start_flow
+from lance_quant.model.understanding import answer, forced_logits
+from lance_quant.runtime.accelerate import accelerate, answer_together
+from tests.random_checkpoint import random_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return random_checkpoint(tmp_path_factory.mktemp("fused"))
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def pair(checkpoint, request):
+    """(plain, accelerated)"""
+    plain = load_lance(checkpoint, "cpu", request.param)
+    return plain, accelerate(copy.deepcopy(plain), "on")
+
+
+def sample_of(checkpoint, task: str, prompt: str = "a red circle"):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8))
+    request = Request(task=task, name="it", prompt=prompt, image=picture, height=48, width=64)
+    return prepare(request, load_tokenizer(checkpoint.folder), checkpoint.edges(task))
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    error = (ours.float() - theirs.float()).norm() / theirs.float().norm()
+    assert error < (1e-5 if theirs.dtype == torch.float32 else 0.03), error
+
+
+@pytest.mark.parametrize("latents", [None, slice(2, 6), [1, 4]], ids=["text", "together", "apart"])
+@pytest.mark.parametrize("caches", [0, 1, 2])
+@torch.inference_mode()
+def test_decoder(pair, latents, caches):
+    plain, fast = (lance.language_model.model for lance in pair)
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 8, plain.config.hidden_size).to(pair[0].dtype)
+    positions = torch.arange(8).expand(2, 3, 8) + torch.tensor([0, 5])[:, None, None]
+    mask = torch.zeros(8, dtype=torch.bool)
+    if latents is not None:
+        mask[latents] = True
+    routing, out = Routing.of(mask), []
+    for decoder in (plain, fast):
+        lengths = (3, 5) if caches == 2 else (3,)
+        kept = []
+        for length in lengths[: caches or None] if caches else ():
+            cache = KVCache(plain.config, 16, 2 if caches == 1 else 1, "cpu", hidden.dtype)
+            context = torch.ones(cache.keys.shape[1], length, plain.config.hidden_size).to(hidden.dtype)
+            decoder(context, torch.arange(length).expand(3, -1), Routing(), cache=cache)
+            kept.append(cache)
+        cache = None if not kept else kept[0] if caches == 1 else kept
+        out.append(decoder(hidden, positions, routing, cache=cache, keep=caches == 1))
+        assert [each.length for each in kept] == ([11] if caches == 1 else [3, 5] if caches else [])
+    close(out[1], out[0])
+
+
+def test_answers(checkpoint, pair):
+    sample = sample_of(checkpoint, "x2t_image")
+    plain, fast = (answer(lance, sample, 12, keep_logits=True) for lance in pair)
+    assert answer(pair[1], sample, 12).tokens == fast.tokens  # looking ahead, and again in the same memory
+    if pair[0].dtype == torch.float32:
+        assert fast.tokens == plain.tokens
+        close(fast.logits, plain.logits)
+    close(forced_logits(pair[1], sample, plain.tokens), forced_logits(pair[0], sample, plain.tokens))
+
+
+def test_answers_together(checkpoint, pair):
+    prompts = ("a red circle", "what is this, and where does it stand?", "why")
+    samples = [sample_of(checkpoint, "x2t_image", prompt) for prompt in prompts]
+    if pair[0].dtype == torch.float32:
+        together = answer_together(pair[1], samples, 9)
+        assert [each.tokens for each in together] == [answer(pair[0], sample, 9).tokens for sample in samples]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_drawing(checkpoint, pair, guidance):
+    sample, cfg, finals = sample_of(checkpoint, "t2i"), FlowConfig(steps=4, guidance=guidance), []
+    for lance in pair:
+        state = initial_state(sample, 1, 48, lance.dtype)
+        finals.append(run_flow(start_flow(lance, sample, state, cfg), state, cfg))
+    close(finals[1], finals[0])
+
+
+def test_choices(pair):
+    assert accelerate(copy.deepcopy(pair[0])).fast is None  # auto, on a CPU
+    with pytest.raises(LanceQuantError, match="accelerate=maybe"):
+        accelerate(pair[0], "maybe")
