@@ -1,6 +1,6 @@
 """`choose(linear, x)`: the backend for a device and a number of rows, from a table.
 
-    python -m lance_quant.runtime.selection     # measures this GPU anew and writes its table
+    python -m lance_quant.runtime.measure       # measures this GPU anew and writes its table
 
 A table is measured once for a GPU and kept in `$LANCE_QUANT_CACHE`, by default `~/.cache/lance-quant`; a GPU without
 one is served by BUILT_IN.

@@ -1,0 +1,112 @@
+"""Which backend is fastest for which number of rows on this GPU, weights cold: written once, read by `selection`.
+
+    python -m lance_quant.runtime.measure
+
+A decode step reads every weight once, so none is in the L2 cache when its turn comes: each timing is a CUDA graph over
+enough copies of a linear to exceed the cache.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lance_quant.errors import LanceQuantError
+from lance_quant.runtime.backends import BACKENDS
+from lance_quant.runtime.int4_linear import Int4Linear
+from lance_quant.runtime.selection import Choice, write_table
+
+SHAPES = {"qkv": (2560, 2048), "o": (2048, 2048), "gate_up": (22016, 2048), "down": (2048, 11008)}  # fused, [O, I]
+ROWS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512)  # beyond the last: as for the last
+CANDIDATES = ("triton_gemv", "triton_gemm", "triton_dequant_cublas")
+COLD_BYTES = 2**28  # several times the L2 of any GPU so far
+
+
+def random_linear(shape: tuple[int, int], group_size: int, device, seed: int = 0) -> Int4Linear:
+    """Codes and zero points at random, steps near what Lance has."""
+    draw = torch.Generator(device).manual_seed(seed)
+    linear = Int4Linear(shape, group_size, bias=False, device=device)
+    linear.qweight.random_(0, 256, generator=draw)
+    linear.zeros.random_(6, 10, generator=draw)
+    linear.scales.uniform_(0.005, 0.01, generator=draw)
+    return linear
+
+
+def cold_seconds(call: Callable[[object], object], copies: Sequence[object], least_s: float = 0.004) -> float:
+    """Seconds of one call, all copies in turn within a CUDA graph; the best of three times `least_s` of replays.
+
+    Without a GPU: once through the copies.
+    """
+    call(copies[0])
+    if not torch.cuda.is_available():
+        begun = time.perf_counter()
+        for copy in copies:
+            call(copy)
+        return (time.perf_counter() - begun) / len(copies)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for copy in copies:
+            call(copy)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def seconds(replays: int) -> float:
+        begin.record()
+        for _ in range(replays):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / replays
+
+    seconds(1)
+    replays = max(1, round(least_s / seconds(1)))
+    return min(seconds(replays) for _ in range(3)) / len(copies)
+
+
+def measure(device: str = "cuda", group_size: int = 64, tell: Callable[[str], object] = print) -> tuple[Choice, ...]:
+    """Time every candidate and write the GPU's table. Takes about a minute, most of it compiling."""
+    if not torch.cuda.is_available():
+        raise LanceQuantError("no GPU here: backends are measured on the one that is to use them")
+    name = torch.cuda.get_device_name(device)
+    total = {rows: dict.fromkeys(CANDIDATES, 0.0) for rows in ROWS}
+    for label, shape in SHAPES.items():
+        count = max(2, COLD_BYTES // (shape[0] * shape[1] // 2))
+        copies = [random_linear(shape, group_size, device, seed) for seed in range(count)]
+        for rows in ROWS:
+            x = torch.randn(rows, shape[1], device=device, dtype=torch.bfloat16)
+            for candidate, seconds in candidates(copies, x).items():
+                total[rows][candidate] += seconds
+            tell(f"{label} {rows}: " + ", ".join(f"{key} {value * 1e6:.1f} us" for key, value in total[rows].items()))
+    table = table_from(total)
+    tell(f"{name}: {write_table(name, table)}")
+    return table
+
+
+def candidates(copies: Sequence[Int4Linear], x: Tensor) -> dict[str, float]:
+    """Seconds by name; infinite for one that does not serve these rows."""
+    return {
+        name: cold_seconds(lambda linear, run=BACKENDS[name].run: run(linear, x), copies)
+        if BACKENDS[name].serves(copies[0], x)
+        else float("inf")
+        for name in CANDIDATES
+    }
+
+
+def table_from(total: dict[int, dict[str, float]]) -> tuple[Choice, ...]:
+    """The fastest for each number of rows; neighbours with the same one become a row of the table."""
+    table: list[Choice] = []
+    for rows, seconds in sorted(total.items()):
+        best = min(seconds, key=seconds.get)
+        if table and table[-1].backend == best:
+            table.pop()
+        table.append(Choice(rows, best))
+    return (*table[:-1], Choice(None, table[-1].backend))
+
+
+if __name__ == "__main__":
+    try:
+        measure()
+    except LanceQuantError as error:
+        sys.exit(str(error))
