@@ -13,8 +13,9 @@ from make_full_size import FOLDERS
 from meter import Meter
 
 from lance_quant.checkpoint.layout import Checkpoint, open_checkpoint
+from lance_quant.devices import choose_device
 from lance_quant.errors import LanceQuantError
-from lance_quant.runtime.generate import Generator, choose_device
+from lance_quant.runtime.generate import Generator
 from tasks.config import RunConfig, compose_config
 
 GB = 1e9

@@ -104,8 +104,9 @@ def generate(cfg: GenerateConfig) -> None:
     import torch
 
     from lance_quant.checkpoint.layout import open_checkpoint
+    from lance_quant.devices import choose_device
     from lance_quant.model.sampler import FlowConfig
-    from lance_quant.runtime.generate import GenerationConfig, Generator, check_request, check_task, choose_device
+    from lance_quant.runtime.generate import GenerationConfig, Generator, check_request, check_task
 
     flow = FlowConfig(
         steps=cfg.steps,

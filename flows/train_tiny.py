@@ -47,7 +47,8 @@ def train(cfg: TrainConfig) -> None:
     """The stages as Prefect tasks. Each keeps its own state in `out`, so that a stopped one goes on."""
     from prefect import flow, task
 
-    from lance_quant.tiny.stages import choose_device, run_stage
+    from lance_quant.devices import choose_device
+    from lance_quant.tiny.stages import run_stage
 
     out, device = Path(cfg.out), choose_device(cfg.device)
 

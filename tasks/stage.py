@@ -1,8 +1,10 @@
 """What the six stages share: the Cached state, devices on lease, progress lines, a stop between two units of work."""
 
 import contextlib
+import ctypes
 import logging
 import queue
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -10,7 +12,7 @@ from collections.abc import Iterator
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from lance_quant.errors import LanceQuantError
+from lance_quant.devices import exact_device, found_devices
 from tasks.config import SMALL_WIDTH, RunnerConfig
 from tasks.store import Artifact, Kept
 
@@ -30,8 +32,18 @@ def as_state(kept: Kept) -> Artifact | State:
     """What a task returns: the artifact built, or for one that was found a state that Prefect shows as Cached."""
     artifact = kept.artifact
     if not kept.cached:
+        let_go()
         return artifact
     return Completed(name="Cached", message=f"{artifact.stage}/{artifact.key}", data=artifact)
+
+
+def let_go() -> None:
+    """Give the system back what a stage has freed: the allocators would keep it beside what the next one needs."""
+    if "pyarrow" in sys.modules:
+        sys.modules["pyarrow"].default_memory_pool().release_unused()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # the GNU C library's
+    if trim is not None:
+        trim(0)
 
 
 class Devices:
@@ -49,7 +61,8 @@ class Devices:
 
         Raises LanceQuantError for a device that this machine does not have.
         """
-        names = _found() if runner.devices == "auto" else [_checked(name) for name in runner.devices]
+        auto = runner.devices == "auto"
+        names = found_devices() if auto else [exact_device(name, "runner.devices") for name in runner.devices]
         return cls([names[i % len(names)] for i in range(runner.workers or len(names))])
 
     @contextlib.contextmanager
@@ -80,33 +93,6 @@ def _shared_cores() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _found() -> list[str]:
-    import torch
-
-    return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
-
-
-def _checked(name: str) -> str:
-    """ "cpu" or "cuda:N" of this machine, in that spelling."""
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise LanceQuantError(f"runner.devices has no '{name}'; choose from cpu, cuda:0, cuda:1 and so on")
-    if device.type == "cpu":
-        return "cpu"
-    index, count = device.index or 0, torch.cuda.device_count()
-    if index >= count:
-        raise LanceQuantError(
-            f"runner.devices names {name}, but this machine has {count} CUDA devices: "
-            f"choose from {', '.join(_found())}, or runner.devices=auto"
-        )
-    return f"cuda:{index}"
 
 
 def halt() -> None:

@@ -160,21 +160,6 @@ def check_task(checkpoint: Checkpoint, task: str) -> None:
         )
 
 
-def choose_device(name: str) -> str:
-    """ "auto": a GPU where there is one, else the CPU. Raises LanceQuantError for one that this machine lacks."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise LanceQuantError(f"device={name} is unknown: take auto, cpu, cuda or cuda:1")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise LanceQuantError(f"device={name}, but this machine has {torch.cuda.device_count()} CUDA devices: take cpu")
-    return name
-
-
 class _Watch:
     """Seconds between laps, the GPU's queue waited for at each; the peak of its memory since the watch was made."""
 

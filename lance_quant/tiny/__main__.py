@@ -10,8 +10,9 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from lance_quant.devices import choose_device
 from lance_quant.errors import LanceQuantError
-from lance_quant.tiny.stages import RECIPES, choose_device, run_stage
+from lance_quant.tiny.stages import RECIPES, run_stage
 
 COMMON = {
     "stage": "str",

@@ -15,12 +15,6 @@ RECIPES = {
 }
 
 
-def choose_device(name: str) -> str:
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-
-
 def run_stage(stage: str, recipe, *, out: Path, minutes: float, total_minutes: float, device: str, graph: bool) -> None:
     """Run one stage; training for at most `minutes`, its schedule laid over `total_minutes`."""
     import torch

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from lance_quant.awq.config import RecipeConfig
@@ -11,7 +10,7 @@ from lance_quant.awq.search import LayerJob, search_layer
 from lance_quant.errors import LanceQuantError
 from lance_quant.model.request import TASKS, Request
 from lance_quant.model.sampler import FlowConfig
-from lance_quant.runtime.generate import GenerationConfig, Generator, choose_device
+from lance_quant.runtime.generate import GenerationConfig, Generator
 from lance_quant.runtime.int4_linear import Int4Linear
 from tests.random_checkpoint import random_checkpoint
 
@@ -118,10 +117,3 @@ def test_a_task_of_the_other_family(tmp_path):
     image = Generator(random_checkpoint(tmp_path, layers=1), None, "cpu")
     with pytest.raises(LanceQuantError, match="serves x2t_image, t2i, image_edit: take checkpoint=video"):
         image.run(request("t2v"), FAST)
-
-
-def test_devices():
-    assert choose_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
-    for name in ("gpu", "meta", f"cuda:{torch.cuda.device_count()}"):
-        with pytest.raises(LanceQuantError, match=f"device={name}"):
-            choose_device(name)

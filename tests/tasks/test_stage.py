@@ -33,16 +33,10 @@ def test_devices_share_the_workers_in_turn(devices, workers, expected, monkeypat
     assert Devices.of(RunnerConfig(devices=devices, workers=workers)).names == expected
 
 
-@pytest.mark.parametrize(("given", "name"), [("cuda", "cuda:0"), ("cuda:1", "cuda:1"), ("cpu:0", "cpu")])
-def test_a_device_has_one_spelling(given, name, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert Devices.of(RunnerConfig(devices=[given])).names == [name]
-
-
-@pytest.mark.parametrize("given", ["cuda:2", "cuda:-1", "cpu0", "meta", ""])
+@pytest.mark.parametrize("given", ["cuda:2", "cpu0"])
 def test_a_device_that_is_not_there_is_refused(given, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(LanceQuantError, match=f"runner.devices .*{given}.*choose from"):
+    with pytest.raises(LanceQuantError, match=f"runner.devices={given}"):
         Devices.of(RunnerConfig(devices=["cpu", given]))
 
 
@@ -94,6 +88,15 @@ def test_progress_says_at_most_ten_lines(caplog, monkeypatch):
     assert len(lines) == 10
     assert lines[0] == "capture: 10 of 100 scene-10"
     assert lines[-1] == "capture: 100 of 100 scene-100"
+
+
+def test_freed_memory_goes_back_after_a_stage(tmp_path, monkeypatch):
+    stage.let_go()
+    told = []
+    monkeypatch.setattr(stage, "let_go", lambda: told.append(True))
+    for cached in (True, False):
+        stage.as_state(Kept(artifact=Artifact(stage="search", key="k", path=tmp_path, summary={}), cached=cached))
+    assert told == [True]
 
 
 def test_a_found_artifact_shows_as_cached(tmp_path):

@@ -1,0 +1,40 @@
+"""Devices by name: what a user may write is `auto`, `cpu`, `cuda` or `cuda:1`."""
+
+from lance_quant.errors import LanceQuantError
+
+
+def choose_device(name: str) -> str:
+    """ "auto": a GPU where there is one, else the CPU; any other as it is. LanceQuantError where it is not there."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    exact_device(name, "device")
+    return name
+
+
+def exact_device(name: str, setting: str) -> str:
+    """ "cpu" or "cuda:N" of this machine, in that spelling. LanceQuantError, which names the setting, where not."""
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise LanceQuantError(f"{setting}={name} is unknown: take auto, cpu, cuda or cuda:1")
+    if device.type == "cpu":
+        return "cpu"
+    index, count = device.index or 0, torch.cuda.device_count()
+    if index >= count:
+        raise LanceQuantError(
+            f"{setting}={name}, but this machine has {count} CUDA devices: take auto or {', '.join(found_devices())}"
+        )
+    return f"cuda:{index}"
+
+
+def found_devices() -> list[str]:
+    """Every CUDA device, or else the CPU."""
+    import torch
+
+    return [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
