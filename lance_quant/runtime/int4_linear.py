@@ -102,8 +102,10 @@ def fuse(linears: Sequence[Int4Linear]) -> Int4Linear:
                 f"linears of {first.in_features} inputs in groups of {first.group_size} and of {linear.in_features} in "
                 f"groups of {linear.group_size} do not make one: fuse those that read the same input alone"
             )
-    if any(linear.terms is not None for linear in linears):
-        raise LanceQuantError("linears are fused before their codes are put in the CPU's layout, not after")
+    if len({linear.terms is None for linear in linears}) > 1:
+        raise LanceQuantError(
+            "linears with codes in the CPU's layout and others do not make one: fuse before it is made"
+        )
     outputs = sum(linear.out_features for linear in linears)
     device = first.qweight.device
     whole = Int4Linear((outputs, first.in_features), first.group_size, bias=False, device="meta")
@@ -111,11 +113,15 @@ def fuse(linears: Sequence[Int4Linear]) -> Int4Linear:
     if any(linear.bias is not None for linear in linears):
         zeros = (torch.zeros(linear.out_features, dtype=torch.bfloat16, device=device) for linear in linears)
         whole.bias = torch.cat([b if a.bias is None else a.bias for a, b in zip(linears, zeros, strict=True)])
+    if all(linear.dense is not None for linear in linears):
+        whole.dense = torch.cat([linear.dense for linear in linears])
+    if first.terms is not None:  # whole blocks of rows, so that they lie side by side as they are
+        whole.terms = torch.cat([linear.terms for linear in linears], dim=1)
     for part in PARTS:  # one after the other, so that no more than one part of the linears exists twice
         setattr(whole, part, torch.cat([getattr(linear, part) for linear in linears]))
         for linear in linears:
             setattr(linear, part, getattr(linear, part).to("meta"))
     for linear in linears:
-        linear.dense = None
+        linear.dense = linear.terms = None
         linear.bias = None if linear.bias is None else linear.bias.to("meta")
     return whole

@@ -35,6 +35,21 @@ class Choice:
     backend: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Int4Config:
+    """How packed linears multiply. backend: auto, or the one to use wherever it serves. resident_gb: of GPU memory for
+    weights that are kept in bf16 too, so that many rows need no dequantizing."""
+
+    backend: str = "auto"
+    resident_gb: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.backend != "auto":
+            backend_named(self.backend)
+        if self.resident_gb < 0:
+            raise LanceQuantError(f"resident_gb={self.resident_gb} must be 0 or more")
+
+
 BUILT_IN = {
     "cuda": (Choice(4, "triton_gemv"), Choice(64, "triton_gemm"), Choice(None, "triton_dequant_cublas")),
     "cpu": (Choice(64, "cpu_int4"), Choice(None, "blocks")),
@@ -61,7 +76,7 @@ def choose(linear: "Int4Linear", x: Tensor) -> Callable[["Int4Linear", Tensor], 
 def backend_named(name: str):
     """Raises LanceQuantError for one that does not exist."""
     if name not in BACKENDS:
-        raise LanceQuantError(f"backend={name} is unknown: take one of {', '.join(BACKENDS)}")
+        raise LanceQuantError(f"backend={name} is unknown: take auto or one of {', '.join(BACKENDS)}")
     return BACKENDS[name]
 
 

@@ -77,14 +77,26 @@ def test_fuse_refuses_linears_that_do_not_share_an_input():
         fuse([random_int4(16, 64, 32)[0], random_int4(16, 64, 16)[0]])
     packed = random_int4(64, 64, 32)[0]
     packed.to_cpu_layout()
-    with pytest.raises(LanceQuantError, match="fused before"):
-        fuse([packed, packed])
+    with pytest.raises(LanceQuantError, match="fuse before it is made"):
+        fuse([packed, random_int4(64, 64, 32)[0]])
+
+
+def test_fuse_in_the_cpu_layout_and_with_kept_weights():
+    parts = [random_int4(outputs, 64, 32, seed=outputs)[0] for outputs in (64, 128)]
+    x = torch.randn(3, 64).bfloat16()
+    for linear in parts:
+        linear.to_cpu_layout()
+        linear.keep_dense()
+    wanted, weights = torch.cat([linear(x) for linear in parts], -1), torch.cat([linear.dense for linear in parts])
+    whole = fuse(parts)
+    assert torch.equal(whole(x), wanted) and torch.equal(whole.weight(torch.bfloat16), weights)
+    assert torch.equal(whole.dense, weights)
 
 
 def test_an_unknown_backend():
     linear, _ = random_int4(16, 64, 32)
     linear.backend = "fastest"
-    with pytest.raises(LanceQuantError, match="backend=fastest is unknown: take one of triton_gemv,"):
+    with pytest.raises(LanceQuantError, match="backend=fastest is unknown: take auto or one of triton_gemv,"):
         linear(torch.randn(1, 64))
 
 

@@ -1,10 +1,13 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+import lance_quant
 from lance_quant.awq.config import RecipeConfig
 from lance_quant.awq.pack import PackJob, pack
 from lance_quant.awq.search import LayerJob, search_layer
@@ -14,7 +17,8 @@ from lance_quant.errors import LanceQuantError
 from lance_quant.model.lance import Lance
 from lance_quant.runtime.int4_linear import Int4Linear
 from lance_quant.runtime.packed import PackedFolder
-from lance_quant.runtime.swap import load_packed, swap_linears
+from lance_quant.runtime.selection import Int4Config
+from lance_quant.runtime.swap import load_packed, prepare, swap_linears
 from tests.random_checkpoint import VISION
 from tests.random_layers import random_checkpoint, small_config
 
@@ -84,8 +88,7 @@ def test_swapped_linears_compute_what_was_packed(made):
     name = "language_model.model.layers.0.mlp_moe_gen.gate_proj"
     x = torch.randn(4, 64)
     exact = lance.get_submodule(name)(x)
-    with PackedFolder(made[1]) as packed:
-        swap_linears(lance, packed)
+    assert lance_quant.swap_linears(lance, str(made[1])) is lance
     close = lance.get_submodule(name)(x)
     assert 0 < (close - exact).norm() / exact.norm() < 0.15
 
@@ -164,3 +167,75 @@ def test_files_that_are_missing_or_broken(folder, tmp_path):
     (folder / "awq_meta.json").write_text("{")
     with pytest.raises(LanceQuantError, match="not JSON"):
         PackedFolder(folder)
+
+
+def upstream(tensors: dict[str, torch.Tensor], weights: dict[str, dict]) -> nn.Module:
+    """A module tree with a packed file's names and nothing else, random and filled."""
+    root = nn.Module()
+
+    def place(path: str, child: nn.Module) -> None:
+        *parents, leaf = path.split(".")
+        owner = root
+        for name in parents:
+            if not hasattr(owner, name):
+                owner.add_module(name, nn.Module())
+            owner = getattr(owner, name)
+        owner.add_module(leaf, child)
+
+    for key, row in weights.items():
+        place(key.removesuffix(".weight"), nn.Linear(row["shape"][1], row["shape"][0], bias=False).bfloat16())
+    for key, tensor in tensors.items():
+        if key.endswith("norm.weight") or key.endswith("norm_moe_gen.weight"):
+            norm = nn.Module()
+            norm.weight = nn.Parameter(torch.rand_like(tensor))
+            place(key.removesuffix(".weight"), norm)
+    return root
+
+
+@pytest.mark.parametrize("group", [32])
+def test_published_folders_load(tmp_path, group):
+    golden = Path(__file__).parents[1] / "golden"
+    shutil.copy(golden / f"published_awq_g{group}.safetensors", tmp_path / "awq_state_dict.safetensors")
+    shutil.copy(golden / f"published_awq_g{group}_meta.json", tmp_path / "awq_meta.json")
+    tensors = load_file(tmp_path / "awq_state_dict.safetensors")
+    model = upstream(tensors, json.loads((tmp_path / "awq_meta.json").read_text())["per_weight"])
+    swap_linears(model, tmp_path)
+    state = model.state_dict()
+    assert set(state) == set(tensors) and all(torch.equal(state[key], tensors[key]) for key in tensors)
+
+
+def test_norms_come_with_the_linears(made):
+    """The folder's norms carry the folded scales; what it lacks stays, on its device and in its dtype."""
+    lance = empty_lance()
+    fill(lance, made[0], "cpu", torch.float32)
+    lance.extra = nn.Linear(2, 2)
+    kept, norm = lance.extra.weight, lance.language_model.model.norm.weight
+    before = norm.clone()
+    with torch.no_grad():
+        norm.zero_()
+    swap_linears(lance, made[1])
+    assert lance.extra.weight is kept and lance.language_model.model.norm.weight is norm
+    assert norm.dtype == torch.float32 and torch.equal(norm, before.bfloat16().float())
+
+
+def test_a_module_that_lacks_what_the_folder_holds(made):
+    lance = empty_lance()
+    fill(lance, made[0], "cpu", torch.bfloat16)
+    del lance.llm2vae
+    with pytest.raises(LanceQuantError, match="holds 'llm2vae.bias', which the model lacks"):
+        swap_linears(lance, made[1])
+    assert isinstance(lance.get_submodule(Q), nn.Linear)  # nothing has changed
+
+
+def test_settings_reach_the_linears(made):
+    lance = empty_lance()
+    load_packed(lance, made[1])
+    linears = {name: module for name, module in lance.named_modules() if isinstance(module, Int4Linear)}
+    size = max(4 * linear.qweight.numel() for linear in linears.values())
+    prepare(lance, Int4Config(backend="blocks", resident_gb=2.5 * size / 1e9))
+    assert all(linear.backend == "blocks" for linear in linears.values())
+    kept = [name for name, linear in linears.items() if linear.dense is not None]
+    assert len(kept) >= 2 and all("_moe_gen" in name for name in kept)
+    for wrong in ({"backend": "fastest"}, {"resident_gb": -1}):
+        with pytest.raises(LanceQuantError, match=next(iter(wrong))):
+            Int4Config(**wrong)
