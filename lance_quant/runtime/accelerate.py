@@ -5,6 +5,7 @@ lance = accelerate(load_lance(checkpoint, "cuda"))
 Weights are taken over, not copied. Tokens and velocities are those of the plain model up to the rounding of its dtype.
 """
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -34,7 +35,7 @@ class Fast:
     """The `FastPath` of one model. Decoding steps are kept per number of answers and capacity."""
 
     def __init__(self, lance: Lance, graphs: bool = True):
-        self._lance, self.graphs = [lance], graphs  # in a list: a module would count it among its children
+        self.lance, self.graphs = weakref.proxy(lance), graphs  # the model owns this, and is freed without it
         self.decodings: dict[tuple[int, int], Decoding] = {}
 
     def denoising(self, flow: CachedFlow) -> RecordedFlow:
@@ -50,7 +51,7 @@ class Fast:
         """The decoding step of so many answers of at most so many tokens, context included."""
         key = (batch, capacity_for(tokens))
         if key not in self.decodings:
-            self.decodings[key] = Decoding(self._lance[0], *key, graphs=self.graphs)
+            self.decodings[key] = Decoding(self.lance, *key, graphs=self.graphs)
         return self.decodings[key]
 
 

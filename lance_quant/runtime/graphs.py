@@ -18,32 +18,34 @@ LEAST_CAPACITY = 512
 
 
 class Recorded:
-    """Runs `work`, which reads and writes the same tensors every time. On a GPU the first run is a plain one, which
-    compiles what is to be compiled, and the second is recorded; `out` is what the last run returned."""
+    """Runs a work that reads and writes the same tensors every time. On a GPU the first run is a plain one, which
+    compiles what is to be compiled, and the second is recorded; `out` is what the last run returned.
 
-    def __init__(self, work: Callable[[], object], device: torch.device, graphs: bool = True):
-        self.work, self.device = work, device
-        self.graphs = graphs and device.type == "cuda"
+    It does not keep the work: with it, it would keep whoever owns both, and the weights, from being freed.
+    """
+
+    def __init__(self, device: torch.device, graphs: bool = True):
+        self.device, self.graphs = device, graphs and device.type == "cuda"
         self.runs, self.graph, self.out = 0, None, None
 
-    def __call__(self):
+    def __call__(self, work: Callable[[], object]):
         if self.graphs and self.runs == 1:
-            self._record()
+            self._record(work)
         if self.graph is None:
-            self.out = self.work()
+            self.out = work()
         else:
             self.graph.replay()
         self.runs += 1
         return self.out
 
-    def _record(self) -> None:
+    def _record(self, work: Callable[[], object]) -> None:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
         torch.cuda.synchronize(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):  # other threads may use their GPU meanwhile
-            graph.capture_begin(capture_error_mode="thread_local")
+        with torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="thread_local")  # other threads may use their GPU meanwhile
             try:
-                self.out = self.work()
+                self.out = work()
             finally:
                 graph.capture_end()
         torch.cuda.current_stream(self.device).wait_stream(stream)
@@ -65,29 +67,31 @@ class Decoding:
     """
 
     def __init__(self, lance: Lance, batch: int, capacity: int, graphs: bool = True):
-        self.lance = lance
-        device = lance.device
+        self.model, self.known, device = lance.language_model, lance.config.tokenizer_length, lance.device
         self.cache = StaticCache(lance.config, batch, capacity, device, lance.dtype)
         self.token = torch.zeros(batch, device=device, dtype=torch.int64)
         self.position = torch.zeros(batch, 3, 1, device=device, dtype=torch.int64)
         self.upcoming = torch.zeros(batch, 1, 1, device=device, dtype=torch.int64)
-        self.run = Recorded(self._step, device, graphs)
+        self.recorded = Recorded(device, graphs)
 
     def fill(self, row: int, context: torch.Tensor, positions: torch.Tensor, last: int, spans: Sequence[Span]) -> None:
         """context [1, n, H] at positions [3, n + more] into the cache, all but its last token, whose id is `last`."""
         length = context.shape[1] - 1
-        decoder = self.lance.language_model.model
-        decoder(context[:, :length], positions[:, :length], Routing(), spans, self.cache.row(row))
+        self.model.model(context[:, :length], positions[:, :length], Routing(), spans, self.cache.row(row))
         self.cache.lengths[row] = length
         self.token[row] = last
         self.position[row] = positions[:, length : length + 1]
         self.upcoming[row] = positions[:, length + 1 :][:, :1].amax() if positions.shape[1] > length + 1 else 0
 
+    def run(self) -> torch.Tensor:
+        """One step; the logits [B, vocab] that `token` was chosen from, overwritten by the next run."""
+        return self.recorded(self._step)
+
     def _step(self) -> torch.Tensor:
-        model, known = self.lance.language_model, self.lance.config.tokenizer_length
-        states = model.model.step(model.model.embed_tokens(self.token)[:, None], self.position, self.cache)
-        logits = model.lm_head(states[:, -1])
-        self.token.copy_(logits[:, :known].argmax(-1))  # quirk Q10
+        decoder = self.model.model
+        states = decoder.step(decoder.embed_tokens(self.token)[:, None], self.position, self.cache)
+        logits = self.model.lm_head(states[:, -1])
+        self.token.copy_(logits[:, : self.known].argmax(-1))  # quirk Q10
         self.position.copy_(self.upcoming.expand_as(self.position))
         self.upcoming += 1
         self.cache.lengths += 1
@@ -100,15 +104,15 @@ class Tokens:
 
     def __init__(self, decoding: Decoding, most: int):
         self.decoding, self.most = decoding, most
-        pinned = decoding.lance.device.type == "cuda"
-        self.read = torch.zeros(most, len(decoding.token), dtype=torch.int64, pin_memory=pinned)
+        self.on_gpu = decoding.token.is_cuda
+        self.read = torch.zeros(most, len(decoding.token), dtype=torch.int64, pin_memory=self.on_gpu)
         self.events: list = []
 
     def next(self, tokens: list[int], keep_logits: bool) -> tuple[int, torch.Tensor | None]:
         """As `understanding._Steps.next`: the token of row 0, and its logits where they are kept."""
         at = len(tokens)
         self.start(at + 1)
-        logits = self.decoding.run.out[0].clone() if keep_logits else None
+        logits = self.decoding.recorded.out[0].clone() if keep_logits else None
         if not keep_logits:
             self.start(min(at + 2, self.most))
         return self.row(at)[0], logits
@@ -119,7 +123,7 @@ class Tokens:
             self.decoding.run()
             self.read[len(self.events)].copy_(self.decoding.token, non_blocking=True)
             event = None
-            if self.decoding.lance.device.type == "cuda":
+            if self.on_gpu:
                 event = torch.cuda.Event()
                 event.record()
             self.events.append(event)
@@ -150,6 +154,6 @@ class RecordedFlow:
         self.state.copy_(state)
         self.t.copy_(t)
         if guided not in self.steps:
-            work = self.flow.velocities
-            self.steps[guided] = Recorded(lambda: work(self.state, self.t, guided), device, self.graphs)
-        return Velocities(*(part if part is None else part.clone() for part in self.steps[guided]()))
+            self.steps[guided] = Recorded(device, self.graphs)
+        out = self.steps[guided](lambda: self.flow.velocities(self.state, self.t, guided))
+        return Velocities(*(part if part is None else part.clone() for part in out))

@@ -97,46 +97,47 @@ def _place_heads(
     inside = (row < rows)[:, None]
     at = tl.arange(0, HALF)[None, :]
     place = tl.load(places + row, row < rows, 0) if PLACES else row.to(tl.int64)
-    if STARTS:
-        start = tl.load(starts + batch)
+    first_place = tl.load(starts + batch) if STARTS else start
     source = qkv + ((batch * rows + row)[:, None] * (HEADS + 2 * KV_HEADS) + head) * (2 * HALF) + at
     first = tl.load(source, inside, 0.0)
     second = tl.load(source + HALF, inside, 0.0)
-    kept = (start + place)[:, None] * (2 * HALF) + at + batch * key_batch
+    kept = (first_place + place)[:, None] * (2 * HALF) + at + batch * key_batch
     if head >= HEADS + KV_HEADS:
         target = values + (head - HEADS - KV_HEADS).to(tl.int64) * key_head + kept
         tl.store(target, first, inside)
         tl.store(target + HALF, second, inside)
     else:
         dtype = queries.dtype.element_ty
-        first, second = first.to(tl.float32), second.to(tl.float32)
+        x, y = first.to(tl.float32), second.to(tl.float32)
         if NORM:
-            mean = (tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF)
+            mean = (tl.sum(x * x, 1) + tl.sum(y * y, 1)) / (2 * HALF)
             scale = (1.0 / tl.sqrt(mean + eps))[:, None]
-            first, second = first * scale, second * scale
+            x, y = x * scale, y * scale
             if not WIDE:
-                first, second = first.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32)
+                x, y = x.to(dtype).to(tl.float32), y.to(dtype).to(tl.float32)
             weight = q_weight if head < HEADS else k_weight
-            first = first * tl.load(weight + at).to(tl.float32)
-            second = second * tl.load(weight + HALF + at).to(tl.float32)
+            x = x * tl.load(weight + at).to(tl.float32)
+            y = y * tl.load(weight + HALF + at).to(tl.float32)
             if not WIDE:
-                first, second = first.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32)
+                x, y = x.to(dtype).to(tl.float32), y.to(dtype).to(tl.float32)
         table = batch * table_step + place[:, None] * (2 * HALF) + at
         cos_first = tl.load(cos + table, inside, 0.0).to(tl.float32)
         cos_second = tl.load(cos + table + HALF, inside, 0.0).to(tl.float32)
         sin_first = tl.load(sin + table, inside, 0.0).to(tl.float32)
         sin_second = tl.load(sin + table + HALF, inside, 0.0).to(tl.float32)
-        a, b = first * cos_first, second * sin_first
-        c, d = second * cos_second, first * sin_second
+        a, b = x * cos_first, y * sin_first
+        c, d = y * cos_second, x * sin_second
         if not WIDE:
             a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
             c, d = c.to(dtype).to(tl.float32), d.to(dtype).to(tl.float32)
         if head < HEADS:
-            target = queries + ((batch * tokens + place)[:, None] * HEADS + head) * (2 * HALF) + at
+            query = queries + ((batch * tokens + place)[:, None] * HEADS + head) * (2 * HALF) + at
+            tl.store(query, (a - b).to(dtype), inside)
+            tl.store(query + HALF, (c + d).to(dtype), inside)
         else:
-            target = keys + (head - HEADS).to(tl.int64) * key_head + kept
-        tl.store(target, (a - b).to(dtype), inside)
-        tl.store(target + HALF, (c + d).to(dtype), inside)
+            key = keys + (head - HEADS).to(tl.int64) * key_head + kept
+            tl.store(key, (a - b).to(dtype), inside)
+            tl.store(key + HALF, (c + d).to(dtype), inside)
 
 
 def place_heads(qkv, tables, norm, wide, place, out):

@@ -1,0 +1,118 @@
+"""The runtime's whole table on one GPU, in one run; random weights of the real size made there:
+
+    python benchmarks/runtime.py out=DIR
+    python benchmarks/runtime.py out=DIR rows=decode,step group_size=128
+    python benchmarks/runtime.py out=DIR size=tiny device=cpu          tries all of it; size=layer: one real layer
+
+Forms: bf16 and int4 (fused layers, CUDA graphs), reference (codes dequantized at every call, the plain layers). Before
+a form is timed its logits and velocities are compared with the plain path's. Needs torch, triton, safetensors, numpy,
+transformers, tokenizers and PIL; diffusers for the VAE alone. A row that fails prints why, and the next one goes on.
+JSON lines go to `out`/runtime.jsonl, the table to runtime.md, profiles to profile_*.txt.
+"""
+
+import json
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare machine has not installed the package
+
+from make_full_size import settings_of  # noqa: E402
+from runtime_models import Models  # noqa: E402
+from runtime_rows import ROWS, Run, check_plain, table_of  # noqa: E402
+
+from lance_quant.errors import LanceQuantError  # noqa: E402
+from lance_quant.runtime.accelerate import accelerate  # noqa: E402
+from lance_quant.runtime.int4_linear import Int4Linear  # noqa: E402
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """rows: names, comma-separated. limit_s: after which no row is begun."""
+
+    out: str = ""
+    rows: str = ",".join(ROWS)
+    variant: str = "image"
+    size: str = "real"
+    group_size: int = 64
+    device: str = "auto"
+    limit_s: int = 380
+
+    def __post_init__(self) -> None:
+        if not self.out:
+            raise LanceQuantError("out=FOLDER is missing: where tables and the packed folder go")
+        for name in self.rows.split(","):
+            if name not in ROWS:
+                raise LanceQuantError(f"rows={name} is unknown: take some of {','.join(ROWS)}")
+
+
+def main(arguments: list[str]) -> None:
+    try:
+        settings = Settings(**settings_of(arguments, Settings))
+    except LanceQuantError as error:
+        sys.exit(f"error: {error}")
+    with torch.inference_mode():
+        sys.exit(benchmark(settings))
+
+
+def benchmark(settings: Settings) -> int:
+    """Every row, in order; returns how many failed."""
+    started = time.monotonic()
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    models = Models(settings.size, settings.variant, device, settings.group_size, out / "model")
+    run = Run(models, out, settings.rows.split(","))
+    failed = []
+
+    def attempt(name: str, work, *arguments) -> None:
+        since = time.monotonic()
+        if since - started > settings.limit_s:
+            print(f"{name}: not begun, out of time", flush=True)
+            return
+        try:
+            found = work(*arguments)
+        except Exception:  # the rows behind it cost a machine to come back for
+            failed.append(name)
+            found = {"error": traceback.format_exc()}
+            print(f"{name} FAILED\n{found['error']}", flush=True)
+        line = {"row": name, "device": device_name(device), "size": settings.size, "variant": settings.variant}
+        line |= {"group_size": models.group_size, "took_s": round(time.monotonic() - since, 2), **(found or {})}
+        print(json.dumps(line), flush=True)
+        with (out / "runtime.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        (out / "runtime.md").write_text(table_of(run, device_name(device)))
+
+    attempt("make bf16", models.make_bf16)
+    attempt("make int4", models.make_int4)
+    attempt("plain path", check_plain, run)
+    for name in run.rows:
+        if name == "load":  # written from linears that are not fused yet
+            attempt("write packed", lambda: {"folder": str(models.write_packed(out / "packed"))})
+    attempt("fuse", fuse, models)
+    for name in run.rows:
+        attempt(name, ROWS[name], run)
+    print(table_of(run, device_name(device)), flush=True)
+    print(f"{time.monotonic() - started:.0f} s in all; failed: {', '.join(failed) or 'none'}", flush=True)
+    return len(failed)
+
+
+def fuse(models: Models) -> None:
+    for lance in (models.bf16, models.int4):
+        accelerate(lance, "on")
+    if models.device == "cpu":
+        for module in models.int4.modules():
+            if isinstance(module, Int4Linear):
+                module.to_cpu_layout()
+
+
+def device_name(device: str) -> str:
+    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}" if device != "cpu" else "CPU"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
