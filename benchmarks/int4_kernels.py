@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 
@@ -90,14 +90,17 @@ def entries(linears: Linears, rows: int) -> Iterator[tuple[str, Callable, Callab
     for name, most in limits.items():
         if rows <= most:
             yield name, backends.BACKENDS[name].run, linears.own
+    if rows <= backends.GEMV_ROWS:
+        yield "triton_gemv early", lambda linear, x: gemv_with(linear, x, early=True), linears.own
     if linears.label == "gate_up" and rows <= backends.GEMV_ROWS:
-        yield "triton_gemv silu", gemv_silu, linears.own
+        yield "triton_gemv silu", lambda linear, x: gemv_with(linear, x, silu_mul=True), linears.own
 
 
-def gemv_silu(linear: Int4Linear, x: torch.Tensor) -> torch.Tensor:
-    from lance_quant.runtime.kernels.gemv import gemv
+def gemv_with(linear: Int4Linear, x: torch.Tensor, early: bool = False, silu_mul: bool = False) -> torch.Tensor:
+    from lance_quant.runtime.kernels.gemv import config_for, gemv
 
-    return gemv(x, linear.qweight, linear.scales, linear.zeros, silu_mul=True)
+    config = replace(config_for(linear.out_features, linear.in_features, len(x)), early=early)
+    return gemv(x, linear.qweight, linear.scales, linear.zeros, silu_mul=silu_mul, config=config)
 
 
 class Bench:

@@ -9,6 +9,9 @@ each value of x is read by one warp alone and rows are summed once, at the end. 
 one bit operation: set into the mantissa of 1.0 it reads 1 + code / 128, and ones and zero point are taken off group by
 group, 128 * sum(placed * x) - (128 + zero) * sum(x): one multiplication a code. A lower place in the mantissa would
 save half of the shifts and lose the digits of small activations beside a massive one.
+
+With `early` a program starts while the kernel before it still runs, and waits for its end only once the codes are on
+their way: the launch costs nothing. Its successor may do so too.
 """
 
 from dataclasses import dataclass
@@ -29,6 +32,7 @@ class GemvConfig:
     block_o: int = 8
     block_w: int = 256
     warps: int = 2
+    early: bool = False
 
 
 @triton.jit
@@ -55,23 +59,36 @@ def _four(packed):
 
 
 @triton.jit
+def _block(qweight, scales, zeros, o, start, INPUTS: tl.constexpr, G: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Words, steps and 128 + zero points of the rows `o`, from word `start` on."""
+    GROUPS: tl.constexpr = INPUTS // G
+    w = start + tl.arange(0, BLOCK_W)
+    g = start // (G // 8) + tl.arange(0, BLOCK_W // (G // 8))
+    there = (g < GROUPS)[None, :]
+    words = tl.load(qweight + o[:, None] * (INPUTS // 8) + w[None, :], mask=(w < INPUTS // 8)[None, :], other=0)
+    scale = tl.load(scales + o[:, None] * GROUPS + g[None, :], mask=there, other=0).to(tl.float32)
+    zero = tl.load(zeros + o[:, None] * GROUPS + g[None, :], mask=there, other=0).to(tl.float32)
+    return words, scale, zero + 128.0
+
+
+@triton.jit
 def _rows(x, qweight, scales, zeros, o, one, ROWS: tl.constexpr, INPUTS: tl.constexpr, G: tl.constexpr,
-          BLOCK_O: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
+          BLOCK_O: tl.constexpr, BLOCK_W: tl.constexpr, WAIT: tl.constexpr):  # fmt: skip
     """ROWS sums [BLOCK_O]: x times the rows `o` of W."""
     W: tl.constexpr = INPUTS // 8
-    GROUPS: tl.constexpr = INPUTS // G
     GW: tl.constexpr = G // 8
     BLOCK_G: tl.constexpr = BLOCK_W // GW
     y = ()
     for _m in tl.static_range(ROWS):
         y += (tl.zeros((BLOCK_O, BLOCK_G), tl.float32),)
+    following = _block(qweight, scales, zeros, o, 0, INPUTS, G, BLOCK_W)
+    if WAIT:
+        tl.extra.cuda.gdc_wait()
     for start in tl.static_range(0, W, BLOCK_W):
+        words, scale, zero = following
+        if start + BLOCK_W < W:  # under way while this block is multiplied
+            following = _block(qweight, scales, zeros, o, start + BLOCK_W, INPUTS, G, BLOCK_W)
         w = start + tl.arange(0, BLOCK_W)
-        g = start // GW + tl.arange(0, BLOCK_G)
-        there = (g < GROUPS)[None, :]
-        words = tl.load(qweight + o[:, None] * W + w[None, :], mask=(w < W)[None, :], other=0)
-        scale = tl.load(scales + o[:, None] * GROUPS + g[None, :], mask=there, other=0).to(tl.float32)
-        zero = tl.load(zeros + o[:, None] * GROUPS + g[None, :], mask=there, other=0).to(tl.float32) + 128.0
         xs = ()
         for m in tl.static_range(ROWS):
             at = x + m * (INPUTS // 4) + 2 * w
@@ -104,15 +121,17 @@ def _rows(x, qweight, scales, zeros, o, one, ROWS: tl.constexpr, INPUTS: tl.cons
 @triton.jit
 def _gemv(x, qweight, scales, zeros, bias, residual, out, outputs, one, ROWS: tl.constexpr, INPUTS: tl.constexpr,
           G: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SILU_MUL: tl.constexpr,
-          BLOCK_O: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
+          BLOCK_O: tl.constexpr, BLOCK_W: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """outputs: with SILU_MUL half of W's rows."""
     row = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     there = row < outputs
     o = tl.minimum(row, outputs - 1)
-    y = _rows(x, qweight, scales, zeros, o, one, ROWS, INPUTS, G, BLOCK_O, BLOCK_W)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+    y = _rows(x, qweight, scales, zeros, o, one, ROWS, INPUTS, G, BLOCK_O, BLOCK_W, EARLY)
     up = y
     if SILU_MUL:
-        up = _rows(x, qweight, scales, zeros, o + outputs, one, ROWS, INPUTS, G, BLOCK_O, BLOCK_W)
+        up = _rows(x, qweight, scales, zeros, o + outputs, one, ROWS, INPUTS, G, BLOCK_O, BLOCK_W, False)
     for m in tl.static_range(ROWS):
         value = y[m]
         if BIAS:
@@ -131,7 +150,9 @@ def config_for(outputs: int, inputs: int, rows: int) -> GemvConfig:
     """What was fastest on an H100 for shapes like this."""
     if inputs > 4096:
         return GemvConfig(4, 512, 4) if rows == 1 else GemvConfig(2, 512, 4)
-    if rows > 1 or outputs < 8192:
+    if rows > 1:
+        return GemvConfig(4, 256, 4)
+    if outputs < 8192:
         return GemvConfig(4, 256, 2)
     return GemvConfig(8, 256, 2)
 
@@ -162,6 +183,7 @@ def gemv(
     _gemv[(triton.cdiv(outputs, config.block_o),)](
         x.view(torch.int64), qweight.view(torch.int32), scales, zeros, bias, residual, out, outputs, ONE,
         ROWS=rows, INPUTS=inputs, G=group, BIAS=bias is not None, RESIDUAL=residual is not None, SILU_MUL=silu_mul,
-        BLOCK_O=config.block_o, BLOCK_W=block_w, num_warps=config.warps,
+        BLOCK_O=config.block_o, BLOCK_W=block_w, EARLY=config.early, num_warps=config.warps,
+        **({"launch_pdl": True} if config.early else {}),
     )  # fmt: skip
     return out
