@@ -223,7 +223,7 @@ def tuned(linears: Linears, rows: int) -> list[tuple[str, Callable]]:
             calls.append((str(config), gemv_call(config)))
     block_m = max(16, min(128, 1 << (rows - 1).bit_length()))
     splits = (1, 2, 4, 8) if rows <= 64 else (1,)
-    sizes = ((32, 2), (64, 4)) if rows <= 64 else ((128, 4), (128, 8), (256, 8))
+    sizes = ((32, 2), (64, 2), (64, 4)) if rows <= 64 else ((128, 4), (128, 8), (256, 8))
     for (block_o, warps), block_i, split, stages in product(sizes, (64, 128), splits, (3, 5)):
         if rows > 2:
             config = GemmConfig(block_m, block_o, block_i, split, warps, stages)

@@ -98,9 +98,13 @@ def dense(linear: "Int4Linear", x: Tensor) -> Tensor:
     return F.linear(x, linear.dense, linear.bias)
 
 
+def reserve(device: torch.device) -> None:
+    """Make the buffer of `triton_dequant_cublas` now: one made while a graph is captured would belong to the graph."""
+    _chunk(device, CHUNK_ELEMENTS)
+
+
 @cache
 def _chunk(device: torch.device, elements: int) -> Tensor:
-    """Made at the first call, which comes before a graph is captured: capturing needs the kernels compiled too."""
     return torch.empty(elements, dtype=torch.bfloat16, device=device)
 
 

@@ -20,6 +20,7 @@ from lance_quant.checkpoint.fill import check_keys, set_parameter
 from lance_quant.checkpoint.layout import POSITION_TABLE
 from lance_quant.checkpoint.native import PARTS, STATE_FILE
 from lance_quant.errors import LanceQuantError
+from lance_quant.runtime.backends import reserve
 from lance_quant.runtime.int4_linear import Int4Linear
 from lance_quant.runtime.packed import PackedFolder, PackedWeight
 from lance_quant.runtime.selection import Int4Config
@@ -85,6 +86,8 @@ def prepare(module: nn.Module, config: Int4Config) -> None:
         linear.backend = None if config.backend == "auto" else config.backend
         if linear.qweight.device.type == "cpu" and config.backend in ("auto", "cpu_int4"):
             linear.to_cpu_layout()
+        if linear.qweight.is_cuda:
+            reserve(linear.qweight.device)
     left = config.resident_gb * 1e9
     for linear in sorted(linears, key=lambda name: ("_moe_gen" not in name, -linears[name].qweight.numel())):
         size = 4 * linears[linear].qweight.numel()  # denoising gains most: the generation path first, large ones first

@@ -90,9 +90,9 @@ def config_for(outputs: int, inputs: int, rows: int) -> GemmConfig:
     if rows > 64:
         return GemmConfig(128, 128, 64, 1, 8, 3)
     block_m = max(16, triton.next_power_of_2(rows))
-    tiles = triton.cdiv(outputs, 64)
-    splits = min(8, max(1, 264 // tiles), max(1, inputs // 512))
-    return GemmConfig(block_m, 64, 128, splits, 4, 4)
+    block_o, warps = (32, 2) if rows <= 16 else (64, 4)
+    splits = min(8, max(1, 528 // triton.cdiv(outputs, block_o)), max(1, inputs // 512))
+    return GemmConfig(block_m, block_o, 128, splits, warps, 4)
 
 
 def gemm(
