@@ -42,7 +42,7 @@ class GenerateConfig:
 
     weights: bf16, or the folder of a pack artifact or of report/<key>/model. resolution: one of PRESETS, else the
     checkpoint's own. height, width, frames: of what is drawn; 0 is a square of the resolution's edge, and the
-    checkpoint's `frames`.
+    checkpoint's `frames`. accelerate: auto (on a GPU), on or off (docs/performance.md).
     """
 
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -65,6 +65,7 @@ class GenerateConfig:
     cached: bool = True
     faithful: bool = True
     device: str = "auto"
+    accelerate: str = "auto"
     artifacts: str = "artifacts"
     out: str = "artifacts/generate"
 
@@ -126,7 +127,7 @@ def generate(cfg: GenerateConfig) -> None:
     if device == "cpu" and checkpoint.config.hidden_size < SMALL_WIDTH:
         torch.set_num_threads(1)
     weights = None if cfg.weights == BF16 else Path(cfg.weights).expanduser()
-    generator = Generator(checkpoint, weights, device)
+    generator = Generator(checkpoint, weights, device, cfg.accelerate)
     out = Path(cfg.out) / Path(cfg.examples).stem
     lines = Lines(len(examples))
     identity = None

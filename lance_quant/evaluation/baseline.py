@@ -38,6 +38,7 @@ from lance_quant.model.sampler import Flow, Velocities, guide, initial_state, ru
 from lance_quant.model.sequence import Sample
 from lance_quant.model.understanding import answer, forced_logits
 from lance_quant.progress import Progress
+from lance_quant.runtime.accelerate import accelerate
 
 COLUMNS = ["name", "task", "prompt", "reference", "answer", "tokens"]  # of answers.parquet
 
@@ -60,7 +61,7 @@ def run_baseline(
     rows: list[dict] = []
     if requests:  # a text model serves no task
         tokenizer = load_tokenizer(checkpoint.folder)
-        lance = load_lance(checkpoint, device)
+        lance = accelerate(load_lance(checkpoint, device))
         vae = drawing_vae(checkpoint, cfg, device)
     for index, request in enumerate(requests):
         sample = prepare(request, tokenizer, checkpoint.edges(request.task), vae)

@@ -41,6 +41,7 @@ from lance_quant.model.sampler import guide, is_guided, run_flow, start_flow, ti
 from lance_quant.model.sequence import Sample
 from lance_quant.model.understanding import answer, forced_logits
 from lance_quant.progress import Progress
+from lance_quant.runtime.accelerate import accelerate
 from lance_quant.runtime.lance import load_packed_lance
 
 
@@ -93,7 +94,7 @@ class _Comparison:
     def __init__(self, job: CompareJob, out: Path, device: str):
         self.job, self.out, self.device = job, out, device
         self.tokenizer = load_tokenizer(job.checkpoint.folder)
-        self.lance = load_packed_lance(job.checkpoint, job.packed, device)
+        self.lance = accelerate(load_packed_lance(job.checkpoint, job.packed, device))
         self.vae = drawing_vae(job.checkpoint, job.evaluation, device)
         self.flow = flow_config(job.evaluation)
         self.baseline = pd.read_parquet(job.baseline / ANSWERS).set_index("name")

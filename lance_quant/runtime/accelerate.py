@@ -23,12 +23,16 @@ CHOICES = ("auto", "on", "off")
 
 def accelerate(lance: Lance, choice: str = "auto", graphs: bool = True) -> Lance:
     """choice: auto does it on a GPU only; on: anywhere. graphs: off runs fused layers one kernel launch at a time."""
-    if choice not in CHOICES:
-        raise LanceQuantError(f"accelerate={choice} is unknown: take one of {', '.join(CHOICES)}")
+    check_choice(choice)
     if choice == "on" or (choice == "auto" and lance.device.type == "cuda"):
         fuse_decoder(lance.language_model)
         lance.fast = Fast(lance, graphs)
     return lance
+
+
+def check_choice(choice: str) -> None:
+    if choice not in CHOICES:
+        raise LanceQuantError(f"accelerate={choice} is unknown: take one of {', '.join(CHOICES)}")
 
 
 class Fast:

@@ -26,6 +26,7 @@ from lance_quant.model.sequence import Sample
 from lance_quant.model.understanding import answer
 from lance_quant.model.vae import WanVAE, load_vae, vae_dtype
 from lance_quant.progress import Progress
+from lance_quant.runtime.accelerate import accelerate, check_choice
 from lance_quant.runtime.lance import load_packed_lance
 
 
@@ -68,10 +69,12 @@ class Generator:
     so that a request that lacks its picture is refused before gigabytes are read.
 
     weights: a packed folder, or None for the checkpoint's own in bf16. device: as `choose_device` gives it.
+    accelerate: one of `accelerate.CHOICES`.
     """
 
-    def __init__(self, checkpoint: Checkpoint, weights: Path | None, device: str):
-        self.checkpoint, self.weights, self.device = checkpoint, weights, device
+    def __init__(self, checkpoint: Checkpoint, weights: Path | None, device: str, accelerate: str = "auto"):
+        check_choice(accelerate)
+        self.checkpoint, self.weights, self.device, self.accelerate = checkpoint, weights, device, accelerate
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -80,8 +83,10 @@ class Generator:
     @cached_property
     def lance(self) -> Lance:
         if self.weights is None:
-            return load_lance(self.checkpoint, self.device)
-        return load_packed_lance(self.checkpoint, self.weights, self.device)
+            lance = load_lance(self.checkpoint, self.device)
+        else:
+            lance = load_packed_lance(self.checkpoint, self.weights, self.device)
+        return accelerate(lance, self.accelerate)
 
     @cached_property
     def vae(self) -> WanVAE:

@@ -91,6 +91,20 @@ def test_the_stop_token(video, monkeypatch):
     assert (result.tokens, result.text, result.raw) == ((end,), "", "<|im_end|>")
 
 
+@pytest.mark.parametrize("task", ["x2t_image", "t2i"])
+def test_accelerated(video, packed, task):
+    for generator in (video, packed):
+        fast = Generator(generator.checkpoint, generator.weights, "cpu", "on")
+        first, again = (fast.run(request(task), FAST) for _ in range(2))
+        assert fast.lance.fast is not None and first.tokens == again.tokens
+        if task == "t2i":
+            assert np.array_equal(first.frames, again.frames)
+            apart = np.abs(first.frames.astype(int) - generator.run(request(task), FAST).frames)
+            assert apart.mean() < 2
+        else:
+            assert first.tokens == generator.run(request(task), FAST).tokens
+
+
 def test_packed(packed, video):
     result = packed.run(request("t2v"), FAST)
     assert result.frames.shape == DRAWN["t2v"]
