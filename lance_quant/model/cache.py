@@ -43,6 +43,12 @@ class KVCache:
             raise ValueError(f"the cache holds {self.capacity} tokens, {end} are needed")
         return end
 
+    def begin_as(self, other: "KVCache", tokens: int) -> None:
+        """Keep the first tokens of another cache of the same shape."""
+        self.keys[:, :, :, :tokens] = other.keys[:, :, :, :tokens]
+        self.values[:, :, :, :tokens] = other.values[:, :, :, :tokens]
+        self.length = tokens
+
     def advance(self, tokens: int) -> None:
         """Keep what the last call wrote."""
         self.length += tokens

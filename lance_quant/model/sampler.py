@@ -132,26 +132,29 @@ class CachedFlow:
         self.table = table[self._target_rows]
         hidden = lance.embed(sample, lance.embed_latents(state.to(device), moves.float().to(device), table))
         self.ends = hidden[:, self.start, None], hidden[:, self.end - 1, None]
-        self.caches = [self._prefill(hidden, conditional, drop_caption=False)]
+        self.caches = [self._prefill(hidden, conditional)]
         placed = [conditional[:, self.start : self.end]]
         if cfg.guidance > 1:
             context = conditional
             if not cfg.faithful:
                 context = conditional.clone()
                 context[:, kept] = unconditional
-            self.caches.append(self._prefill(hidden, context, drop_caption=True))
+            self.caches.append(self._prefill(hidden, context, captioned=self.caches[0]))
             placed.append(unconditional[:, self.caches[1].length :][:, : self.end - self.start])
         self.positions = torch.stack(placed).to(device)
 
-    def _prefill(self, hidden: torch.Tensor, positions: torch.Tensor, drop_caption: bool) -> KVCache:
+    def _prefill(self, hidden: torch.Tensor, positions: torch.Tensor, captioned: KVCache | None = None) -> KVCache:
+        """Run the context. captioned: the whole one's cache, where this one is to go without the caption: what stands
+        before the caption is placed alike in both and does not see it, so it is taken over."""
         lance, sample = self.lance, self.sample
         cache = KVCache(lance.config, self.end, 1, lance.device, hidden.dtype)
+        context = [span for span in sample.spans() if span[0] < self.start]
+        if captioned is not None:
+            known = first_caption(sample, self.start)
+            cache.begin_as(captioned, known)
+            context = [span for span in context if span[0] >= known and sample.modality[span[0]] != CAPTION]
         latents = sample.latent_mask()
-        for start, end, mode in sample.spans():
-            if start >= self.start:
-                break
-            if drop_caption and sample.modality[start] == CAPTION:
-                continue
+        for start, end, mode in context:
             lance.language_model.model(
                 hidden[:, start:end],
                 positions[:, start:end].to(lance.device),
@@ -178,6 +181,12 @@ class CachedFlow:
             )
             out.extend(lance.llm2vae(hidden)[:, 1:-1])
         return Velocities(out[0], out[1] if guided else None)
+
+
+def first_caption(sample: Sample, end: int) -> int:
+    """Where the caption begins; `end` where there is none before it."""
+    starts = [start for start, _, _ in sample.spans() if start < end and sample.modality[start] == CAPTION]
+    return min(starts, default=end)
 
 
 class UncachedFlow:
@@ -256,7 +265,7 @@ def run_flow(
     in a bf16 model, as upstream (quirk Q6); float32 where cfg.faithful is off.
     """
     t = timesteps(cfg)
-    state = state.clone() if cfg.faithful else state.float()
+    state = state.to(state.dtype if cfg.faithful else torch.float32, copy=True)
     moving = torch.isin(flow.rows, flow.sample.denoised_rows()).to(state.device)
     rows = flow.rows.to(state.device)[moving]
     for step in range(cfg.steps):

@@ -48,6 +48,31 @@ def sample_of(stand, task):
 
 
 @pytest.mark.parametrize("task", GENERATION)
+@pytest.mark.parametrize("faithful", [True, False])
+def test_the_branches_share_what_stands_before_the_caption(stand, task, faithful, monkeypatch):
+    lance, sample = stand[1], sample_of(stand, task)
+    start = initial_state(sample, 3, 48, torch.float32)
+    cfg = FlowConfig(steps=2, faithful=faithful)
+    flow = start_flow(lance, sample, start, cfg)
+    monkeypatch.setattr(sampler.KVCache, "begin_as", lambda *_: None)  # nothing is taken over
+    monkeypatch.setattr(sampler, "first_caption", lambda *_: 0)
+    alone = start_flow(lance, sample, start, cfg)
+    for ours, theirs in zip(flow.caches, alone.caches, strict=True):
+        assert ours.length == theirs.length
+        assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
+
+
+def test_the_state_handed_in_is_not_written_to(stand):
+    sample = sample_of(stand, "t2i")
+    start = initial_state(sample, 3, 48, torch.float32)
+    before = start.clone()
+    for faithful in (True, False):
+        cfg = FlowConfig(steps=1, faithful=faithful)
+        run_flow(start_flow(stand[1], sample, start, cfg), start, cfg)
+    assert torch.equal(start, before)
+
+
+@pytest.mark.parametrize("task", GENERATION)
 def test_grids_and_moving_rows(stand, task):
     sample = sample_of(stand, task)
     clip = task in ("t2v", "i2v", "video_edit")
