@@ -1,7 +1,7 @@
 """A language model out of a GGUF file, as a checkpoint of the text layout:  write_checkpoint(gguf, folder)
 
 Any llama- or qwen2-type file. The generation experts are copies of the understanding ones, which no text reaches.
-Needs the package gguf.
+Needs the extra `quality`.
 """
 
 import json
@@ -34,7 +34,7 @@ class Source:
         try:
             from gguf import GGUFReader
         except ImportError:
-            raise LanceQuantError("reading a GGUF file needs the package gguf: pip install gguf") from None
+            raise LanceQuantError("reading a GGUF file needs the package gguf: pip install -e '.[quality]'") from None
         if not Path(path).is_file():
             raise LanceQuantError(f"there is no GGUF file at {path}")
         reader = GGUFReader(str(path))
