@@ -1,11 +1,16 @@
 """The settings tree: what ships composes, and its keys are a public surface."""
 
-from dataclasses import asdict
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 
 import pytest
 
 import lance_quant
+from flows.generate import GenerateConfig
+from flows.parity import ParityConfig
+from flows.train_tiny import TrainConfig
 from lance_quant.calibration.config import calibrated_tasks
 from lance_quant.errors import LanceQuantError
 from lance_quant.model.request import TASKS
@@ -40,6 +45,22 @@ def test_a_yaml_file_spells_out_every_field():
             cfg = compose_config([f"{group}={choice}"])
             given = yaml.safe_load((CONF / group / f"{choice}.yaml").read_text())
             assert set(given) == set(asdict(getattr(cfg, group))), f"{group}/{choice}"
+
+
+@pytest.mark.parametrize("schema", [RunConfig, GenerateConfig, TrainConfig, ParityConfig])
+def test_every_key_is_documented(schema):
+    text = (CONF.parent / "docs" / "configuration.md").read_text()
+    named = {key for words in re.findall(r"`([^`]+)`", text) for word in words.split() for key in word.split(".")}
+    assert set(keys(schema)) <= named, f"docs/configuration.md lacks {sorted(set(keys(schema)) - named)}"
+
+
+def keys(schema: type) -> Iterator[str]:
+    """Names of all fields of a dataclass tree but those that say which choice of a group it is."""
+    for field in fields(schema):
+        if field.name != "name":
+            yield field.name
+        if is_dataclass(field.type):
+            yield from keys(field.type)
 
 
 def test_the_shipped_checkpoint_is_found_from_anywhere(monkeypatch, tmp_path):
