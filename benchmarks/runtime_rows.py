@@ -183,6 +183,12 @@ def tokens_per_second(decoding: Decoding, lengths: Sequence[int], device: str, s
     return best
 
 
+def layer_milliseconds(decoding: Decoding, lance: Lance, device: str) -> float:
+    decoder = lance.language_model.model
+    hidden = torch.randn(1, 1, lance.config.hidden_size, device=device, dtype=torch.bfloat16)
+    return milliseconds(lambda: decoder.step(hidden, decoding.position, decoding.cache), device)
+
+
 def plain_decode(run: Run, lance: Lance) -> Callable[[], torch.Tensor]:
     """One token behind the cached ones through the plain decoder, always the same place."""
     device, config = run.models.device, run.models.config
@@ -207,6 +213,9 @@ def row_decode(run: Run) -> dict:
             if graphs:
                 run.put("decode, bound by bytes at 3.0 TB/s", form, bound, "tokens/s")
                 run.put("decode, share of that bound", form, 100 * rate / bound, "%")
+        if run.models.size == "layer":
+            value = layer_milliseconds(decoding, run.form(form), device)
+            run.put(f"one layer, one token, {cached} cached, without the head", form, value, "ms")
     work = plain_decode(run, run.form("reference"))
     for graphs in (True, False) if device != "cpu" else (False,):
         recorded = Recorded(torch.device(device), graphs)

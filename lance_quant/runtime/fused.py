@@ -15,8 +15,10 @@ from lance_quant.model.cache import KVCache
 from lance_quant.model.decoder import Decoder, LanguageModel, Layer, RMSNorm
 from lance_quant.model.routing import Routing, Twin
 from lance_quant.runtime.attention import StaticCache, attend_kept
+from lance_quant.runtime.backends import triton_gemv
 from lance_quant.runtime.int4_linear import Int4Linear, fuse
 from lance_quant.runtime.ops import Heads, Place, QKNorm, add_rms_norm, place_heads, silu_mul
+from lance_quant.runtime.selection import choose
 
 
 class SideBySide(nn.Module):
@@ -49,6 +51,18 @@ def _one_linear(linears: Sequence[nn.Linear]) -> nn.Linear:
             value = torch.cat([getattr(linear, name).data for linear in linears])
             setattr(one, name, nn.Parameter(value, requires_grad=False))
     return one
+
+
+def active(gate_up: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of x; where the GEMV over codes multiplies, within it."""
+    if isinstance(gate_up, Int4Linear):
+        rows = x.reshape(-1, gate_up.in_features)
+        if choose(gate_up, rows) is triton_gemv:
+            from lance_quant.runtime.kernels.gemv import gemv
+
+            parts = gate_up.qweight, gate_up.scales, gate_up.zeros, gate_up.bias
+            return gemv(rows.contiguous(), *parts, silu_mul=True).view(*x.shape[:-1], -1)
+    return silu_mul(gate_up(x))
 
 
 @dataclass(frozen=True)
@@ -91,7 +105,7 @@ class Expert(nn.Module):
     def write(self, x: torch.Tensor, attended: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream after attention, and what the MLP adds to it."""
         x, normed = add_rms_norm(x, self.out(attended), self.inner_norm.weight, self.inner_norm.eps)
-        return x, self.down(silu_mul(self.gate_up(normed)))
+        return x, self.down(active(self.gate_up, normed))
 
 
 class FusedLayer(nn.Module):

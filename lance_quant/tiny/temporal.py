@@ -123,7 +123,7 @@ def train_clips(
 
 
 def moving_batch(count: int, generator: torch.Generator) -> torch.Tensor:
-    """uint8 clips [B, 3, 5, 128, 128]: half of them with things that glide any way by whole pixels a frame, half with
+    """uint8 clips [B, 3, 5, 128, 128]: half of them with things that glide anywhere by whole pixels, half with
     one thing that moves as in a scene, or none."""
     batch, velocity = world.random_batch(count, generator)
     device = generator.device
@@ -133,10 +133,10 @@ def moving_batch(count: int, generator: torch.Generator) -> torch.Tensor:
     moves = torch.zeros_like(velocity)
     moves[:, 0] = way * spacing
     glides = (torch.arange(count, device=device) % 2 == 0)[:, None, None]
-    last = world.CLIP_FRAMES - 1
+    far = torch.where(glides, velocity * (world.CLIP_FRAMES - 1), moves)
     frames = []
-    for t in range(world.CLIP_FRAMES):
-        offset = torch.where(glides, velocity * t, (moves * t / last).round().long())
+    for way in world.WAY:
+        offset = (far * way).round().long()
         frames.append(world.render(batch._replace(x=batch.x + offset[..., 0], y=batch.y + offset[..., 1])))
     return torch.stack(frames, 2)
 
@@ -157,8 +157,7 @@ def measure_clips(vae: AutoencoderKLWan, *, seed: int) -> dict[str, float]:
     device = vae.quant_conv.weight.device
     rng = random.Random(seed)
     scenes = [world.sample_clip(rng, unseen=bool(i % 2)) for i in range(512 if device.type == "cuda" else 64)]
-    times = [frame / (world.CLIP_FRAMES - 1) for frame in range(world.CLIP_FRAMES)]
-    clips = torch.stack([world.render(world.pack(scenes, time)) for time in times], 2).to(device)
+    clips = torch.stack([world.render(world.pack(scenes, way)) for way in world.WAY], 2).to(device)
     made, latents = [], []
     centre, scale = (part.unsqueeze(2) for part in constants(device))
     for chunk in clips.split(64):

@@ -41,8 +41,7 @@ class PoolPlan:
 
 def paint_plan(scenes: list[world.Scene], frames: int) -> dict[str, np.ndarray]:
     """What the device needs to paint scenes and to judge pictures of them: see `pools.Painted`."""
-    times = [frame / max(1, frames - 1) for frame in range(frames)]
-    packed = [world.pack(scenes, time) for time in times]
+    packed = [world.pack(scenes, way) for way in world.WAY[:frames]]
     cells = np.zeros((2, len(scenes), world.SLOTS), np.int16)
     for index, scene in enumerate(scenes):
         for slot, thing in enumerate(scene.things):

@@ -89,10 +89,10 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "x2t_image": Task(0.5),
-    "x2t_video": Task(0.75),
-    "t2i": Task(0.75),
-    "t2v": Task(1.5),
+    "x2t_image": Task(0.35),
+    "x2t_video": Task(0.5),
+    "t2i": Task(1.0),
+    "t2v": Task(2.0),
     "i2v": Task(0.75),
     "image_edit": Task(1.0),
     "video_edit": Task(1.0),

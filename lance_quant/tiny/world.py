@@ -24,7 +24,8 @@ CENTRES = (22, 64, 106)
 HALF = 21  # a sprite is 43 x 43 pixels, its drawing ends before the rim
 JITTER = 3
 SLOTS = 3
-CLIP_FRAMES = 5  # frame 0 shows the cells, the last frame the cells moved to
+WAY = (0.0, 1.0, 1.0, 1.0, 1.0)  # share of its way that a moving thing has made, frame by frame: it hops
+CLIP_FRAMES = len(WAY)
 STILL = 0.2  # share of clips in which nothing moves
 
 COLOURS = {
@@ -98,12 +99,12 @@ class Thing:
     dy: int = 0
     goal: int | None = None
 
-    def centre(self, time: float = 0.0) -> tuple[int, int]:
-        """(x, y) in whole pixels at `time` 0..1 of the clip."""
+    def centre(self, way: float = 0.0) -> tuple[int, int]:
+        """(x, y) in whole pixels when it has made that share of its way."""
         goal = self.cell if self.goal is None else self.goal
         at = [CENTRES[self.cell % GRID], CENTRES[self.cell // GRID]]
         to = [CENTRES[goal % GRID], CENTRES[goal // GRID]]
-        x, y = (round(a + (b - a) * time) for a, b in zip(at, to, strict=True))
+        x, y = (round(a + (b - a) * way) for a, b in zip(at, to, strict=True))
         return x + self.dx, y + self.dy
 
     @property
@@ -245,12 +246,12 @@ class SceneBatch(NamedTuple):
         return SceneBatch(*(part.to(device) for part in self))
 
 
-def pack(scenes: list[Scene], time: float = 0.0) -> SceneBatch:
-    """Scenes as tensors, at `time` 0..1 of their clip."""
+def pack(scenes: list[Scene], way: float = 0.0) -> SceneBatch:
+    """Scenes as tensors, when things have made that share of their way."""
     rows = []
     for scene in scenes:
         row = [
-            [KINDS.index(t.kind), _COLOUR_NAMES.index(t.colour), _SIZE_NAMES.index(t.size), *t.centre(time)]
+            [KINDS.index(t.kind), _COLOUR_NAMES.index(t.colour), _SIZE_NAMES.index(t.size), *t.centre(way)]
             for t in scene.things
         ]
         rows.append(row + [[-1, 0, 0, 64, 64]] * (SLOTS - len(row)))
@@ -330,11 +331,11 @@ def render(batch: SceneBatch) -> torch.Tensor:
     return picture.round().to(torch.uint8)
 
 
-def picture(scene: Scene, time: float = 0.0) -> Image.Image:
+def picture(scene: Scene, way: float = 0.0) -> Image.Image:
     """The scene as a 128 x 128 RGB picture."""
-    return Image.fromarray(render(pack([scene], time))[0].permute(1, 2, 0).contiguous().numpy())
+    return Image.fromarray(render(pack([scene], way))[0].permute(1, 2, 0).contiguous().numpy())
 
 
 def clip(scene: Scene) -> tuple[Image.Image, ...]:
-    """The scene as CLIP_FRAMES pictures, the first at time 0, the last at time 1."""
-    return tuple(picture(scene, frame / (CLIP_FRAMES - 1)) for frame in range(CLIP_FRAMES))
+    """The scene as CLIP_FRAMES pictures."""
+    return tuple(picture(scene, way) for way in WAY)

@@ -26,8 +26,8 @@ class Case:
         rng = random.Random(0)
         told = [requests.speak(task, rng, unseen=False) for _ in range(COUNT)]
         self.scenes, self.said = zip(*told, strict=True)
-        times = [0.0, 0.25, 0.5, 0.75, 1.0] if layouts.frames_of(task) > 1 else [0.0]
-        frames = torch.stack([shrink(world.render(world.pack(list(self.scenes), t))) for t in times], 1)
+        ways = world.WAY[: layouts.frames_of(task)]
+        frames = torch.stack([shrink(world.render(world.pack(list(self.scenes), way))) for way in ways], 1)
         slots = [layouts.write_slot(self.layout, words, said.prompt, said.answer) for said in self.said]
         ids, lengths, self.asked = (torch.tensor(column) for column in zip(*slots, strict=True))
         self.prompts = batched.Prompts(ids, lengths, self.runner.look(frames, self.work))

@@ -9,7 +9,7 @@ from lance_quant.model.request import CLIP_TASKS, TASKS, UNDERSTANDING
 from lance_quant.tiny import SCENES_REVISION
 from lance_quant.tiny.requests import scene_requests
 
-DIGEST = {2: "cc7153d84d3e8386570f157dfb1f8c20d7fb532aea74d323f6449ffcde027deb"}
+DIGEST = {3: "0ee9a0932b91f029fc2aa65e7a9a43c6e2d42cd7f7d153ba71eb7281a007115a"}
 
 
 def test_digest():
