@@ -7,6 +7,7 @@ and a second kernel joins what they found. `StaticCache` is the context: fixed m
 import torch
 import torch.nn.functional as F
 
+from lance_quant.model.attention import attend
 from lance_quant.model.cache import KVCache
 from lance_quant.model.config import LanceConfig
 from lance_quant.runtime.ops import on_triton
@@ -43,8 +44,15 @@ def attend_kept(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
 
 
 def plain_attend_kept(queries, keys, values, lengths):
-    """With a mask over the whole capacity: reads no length on the host."""
-    tokens = torch.arange(queries.shape[1], device=queries.device)
+    """Row by row over what is kept on a CPU; elsewhere with a mask over the capacity, since lengths stay unread."""
+    new = queries.shape[1]
+    if queries.device.type == "cpu":
+        spans = [(0, new, "causal")]
+        rows = zip(queries.transpose(1, 2).split(1), keys.split(1), values.split(1), lengths.tolist(), strict=True)
+        return torch.cat(
+            [attend(q, k[:, :, : kept + new], v[:, :, : kept + new], spans) for q, k, v, kept in rows]
+        ).transpose(1, 2)
+    tokens = torch.arange(new, device=queries.device)
     at = torch.arange(keys.shape[2], device=queries.device)
     seen = at <= (lengths[:, None] + tokens)[..., None]
     group = queries.shape[2] // keys.shape[1]
