@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,7 @@ atexit.register(shutil.rmtree, HOME, ignore_errors=True)
 os.environ.pop("PREFECT_API_URL", None)
 # tiny models gain nothing from threads, and on a busy machine wait for them; subprocesses inherit it
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TRITON_INTERPRET"] = "0" if Path("/dev/nvidiactl").exists() else "1"  # read when triton is first imported
 os.environ["PREFECT_HOME"] = HOME
 os.environ["PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW"] = "ignore"
 server.prepare()  # before anything imports prefect
