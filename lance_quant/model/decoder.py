@@ -19,7 +19,7 @@ from lance_quant.model.routing import Routing, Twin
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in float32, cast back to x's dtype, then scaled (Lance spec sec. 9)."""
+    """`rms_norm` with a weight of its own."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -27,9 +27,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return wide.to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / rms(x) of the last dimension in float32, cast back to x's dtype, then scaled (Lance spec sec. 9)."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return wide.to(x.dtype) * weight
 
 
 class Attention(nn.Module):

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 
+from lance_quant.model.decoder import rms_norm
 from lance_quant.model.rotary import rotate
 
 
@@ -83,12 +84,6 @@ def place_heads(
 
 
 # ---------------------------------------------------------------- torch
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return wide.to(x.dtype) * weight
 
 
 def plain_add_rms_norm(x, y, weight, eps):
