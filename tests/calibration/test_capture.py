@@ -13,7 +13,7 @@ from lance_quant.calibration import capture as capturing
 from lance_quant.calibration.activations import read_layer
 from lance_quant.calibration.capture import capture, prepare_jobs
 from lance_quant.calibration.config import CalibrationConfig
-from lance_quant.calibration.jobs import CONDITIONAL
+from lance_quant.calibration.jobs import CONDITIONAL, UNCONDITIONAL
 from lance_quant.checkpoint.layout import PATHS, SITES, layer_targets
 from lance_quant.errors import LanceQuantError
 from lance_quant.model.inputs import prepare
@@ -110,10 +110,11 @@ def guided_means(lance, job, ears):
     text = {}
     for (path, site), calls in ears.take().items():  # the context, read by one branch after the other
         if path == "gen":
-            latents[site] += [call.abs().mean(0) for call in calls]
+            latents[site] += 2 * [call.abs().mean(0) for call in calls]  # all stand before the caption
         else:
-            first = len(job.context(CONDITIONAL))
-            text[site] = calls[:first], calls[first:]
+            contexts = len(job.context(CONDITIONAL)), len(job.context(UNCONDITIONAL))
+            first, shared = contexts[0], sum(contexts) - len(calls)  # taken over from the first branch, not run again
+            text[site] = calls[:first], calls[:shared] + calls[first:]
     for step in job.steps:
         noised = job.state.clone()
         noised[flow.rows[moves]] = ((1 - step.t) * job.goal + step.t * job.state[flow.rows])[moves]
