@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lance_quant.errors import LanceQuantError
+from lance_quant.model.vae_layers import lean
 
 # Per-channel statistics of the published VAE's latents; the model works on (mean - MEAN) / STD (Lance spec sec. 15).
 LATENT_MEAN = (
@@ -104,7 +105,7 @@ def build_vae(base: int, decoder_base: int, latent_channels: int = 48) -> nn.Mod
     """AutoencoderKLWan of the Wan 2.2 shape: 16x in space, 4x in time, causal; random weights."""
     from diffusers import AutoencoderKLWan
 
-    return AutoencoderKLWan(
+    autoencoder = AutoencoderKLWan(
         base_dim=base,
         decoder_base_dim=decoder_base,
         z_dim=latent_channels,
@@ -121,6 +122,7 @@ def build_vae(base: int, decoder_base: int, latent_channels: int = 48) -> nn.Mod
         latents_mean=list(LATENT_MEAN),
         latents_std=list(LATENT_STD),
     )
+    return lean(autoencoder)
 
 
 class WanVAE(nn.Module):
@@ -196,6 +198,9 @@ class WanVAE(nn.Module):
         model.clear_cache()  # of what each causal convolution saw last
         try:
             x = model.post_quant_conv(z)
+            if t == 1:  # no frame follows: none is kept for it
+                yield unpatchify(model.decoder(x, first_chunk=True), model.config.patch_size)[0].float().clamp(-1, 1)
+                return
             for index in range(t):
                 piece = model.decoder(
                     x[:, :, index : index + 1], feat_cache=model._feat_map, feat_idx=[0], first_chunk=index == 0
