@@ -3,11 +3,15 @@
 Random layers of Lance_3B's sizes with outlier channels, both experts, and an artificial capture: `--rows` rows a site,
 and sequences of `--tokens` tokens in all, half of them questions, half pictures. Each layer is read, searched, rounded
 and written as in a run. Prints seconds a layer (the first one apart: it warms up), what 36 layers make, peak memory.
-`--sizes tiny` tries the script itself.
+`--sizes tiny` tries the script itself. `--profile` runs one layer more, each launch waited for, and prints where its
+seconds went, function by function.
 """
 
 import argparse
+import cProfile
 import json
+import os
+import pstats
 import statistics
 import tempfile
 import time
@@ -196,7 +200,21 @@ def measure(label: str, checkpoint: Checkpoint, captured: Path, args, work: Path
     }
 
 
+def profile(label: str, checkpoint: Checkpoint, captured: Path, args, work: Path) -> None:
+    """One layer under Python's profiler: cumulative seconds of the functions that took the most."""
+    job = LayerJob(
+        checkpoint=checkpoint, layer=0, capture=captured, recipe=recipe_of(label), group_size=args.group_size
+    )
+    out = work / f"{label}-profile"
+    out.mkdir()
+    watched = cProfile.Profile()
+    watched.runcall(search_layer, job, out, args.device)
+    pstats.Stats(watched).sort_stats("cumulative").print_stats(60)
+
+
 def main(args) -> None:
+    if args.profile:
+        os.environ["CUDA_LAUNCH_BLOCKING"] = "1"  # before the device is first used
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
     print(f"{device}, {args.layers} layers of {args.sizes} sizes, both experts, group size {args.group_size}")
     print("| recipe | s a layer | spread | first | 36 layers, minutes | error before | after | GPU GB | host GB |")
@@ -214,6 +232,8 @@ def main(args) -> None:
                 f"{(row['gpu_bytes'] or 0) / 1e9:.2f} | {row['host_bytes'] / 1e9:.2f} |",
                 flush=True,
             )
+            if args.profile:
+                profile(label, checkpoint, work / "capture", args, work)
             if args.out:
                 with args.out.open("a") as file:
                     file.write(json.dumps(row | {"device": device, "layers": args.layers}) + "\n")
@@ -223,6 +243,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", default="minmax,published,awq,fast,best")
     parser.add_argument("--layers", type=int, default=6, help="measured, after one to warm up")
+    parser.add_argument("--profile", action="store_true", help="the times above are then those of waited-for launches")
     parser.add_argument("--sizes", choices=tuple(SIZES), default="published")
     parser.add_argument("--rows", type=int, default=1024, help="of a site, over both tasks")
     parser.add_argument("--tokens", type=int, default=10000, help="of all kept sequences")

@@ -5,6 +5,7 @@ had from the start: the stored layout does not know of the order.
 """
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -18,20 +19,21 @@ MOST_DAMPING = 1e6
 def inverse_factor(moments: Tensor, damping: float) -> Tensor:
     """Upper Cholesky factor of the inverse of the damped second moments [I, I], float32.
 
-    damping: share of the mean second moment that is added to the diagonal, ten times as much until both factors exist.
+    damping: share of the mean second moment that is added to the diagonal, ten times as much until the factor exists.
     """
-    diagonal = torch.arange(len(moments), device=moments.device)
-    mean = moments[diagonal, diagonal].mean()
+    mean = moments.diagonal().mean()
+    one = torch.eye(len(moments), device=moments.device)
     while damping < MOST_DAMPING:
-        damped = moments / mean
-        damped[diagonal, diagonal] += damping
+        # back to front, so that the inverse of the lower factor, turned round again, is the upper factor of the inverse
+        damped = (moments / mean).flip(0, 1)
+        damped.diagonal().add_(damping)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and upper.isfinite().all():
+            upper = torch.linalg.solve_triangular(lower, one, upper=False).flip(0, 1)
+            if upper.isfinite().all():
                 return upper
         damping *= 10
-    return torch.eye(len(moments), device=moments.device)
+    return one
 
 
 def compensate(made: Draft, moments: Tensor, damping: float) -> Draft:
@@ -46,26 +48,49 @@ def compensate(made: Draft, moments: Tensor, damping: float) -> Draft:
     group = torch.arange(len(moments), device=moments.device)[order] // made.grid.group_size
     # columns as rows, so that each is read at one stretch
     columns = made.latent.T[order].contiguous()
-    step, zero = made.step.T[group], made.zero.T[group]
-    fixed = made.constant.T[group]
+    step, zero, fixed = made.step.T[group], made.zero.T[group], made.constant.T[group]
     exact = columns.clone() if fixed.any() else None
-    share = (1 / factor.diagonal()).tolist()
+    share = 1 / factor.diagonal()
+    through = block_of(columns)
     for start in range(0, len(columns), COLUMNS):
-        end = min(start + COLUMNS, len(columns))
-        block = columns[start:end]
-        errors = torch.empty_like(block)
-        within = factor[start:end, start:end]
-        parts = zip(*(part.unbind() for part in (block, errors, step[start:end], zero[start:end], within)), strict=True)
-        for at, (column, error, size, origin, onward) in enumerate(parts):
-            wanted = column
-            if exact is not None:
-                wanted = torch.where(fixed[start + at], exact[start + at], column)
-            code = torch.addcdiv(origin, wanted, size).round_().clamp_(0, made.grid.top).sub_(origin)
-            torch.addcmul(column, code, size, value=-1, out=error).mul_(share[start + at])
-            if exact is not None:
-                column.copy_(wanted)
-            block[at + 1 :].addr_(onward[at + 1 :], error, alpha=-1)
-        columns[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+        at = slice(start, min(start + COLUMNS, len(columns)))
+        held = None if exact is None else exact[at]
+        errors = through(
+            columns[at], held, fixed[at], step[at], zero[at], factor[at, at], share[at], made.grid.top
+        )  # fmt: skip
+        columns[at.stop :].addmm_(factor[at, at.stop :].T, errors, alpha=-1)
     latent = torch.empty_like(columns)
     latent[order] = columns
     return replace(made, latent=latent.T.contiguous())
+
+
+def on_triton(x: Tensor) -> bool:
+    return x.is_cuda and find_spec("triton") is not None
+
+
+def block_of(x: Tensor):
+    """`compensate_block`, one kernel where there is a GPU."""
+    if not on_triton(x):
+        return compensate_block
+    from lance_quant.awq import kernels
+
+    return kernels.compensate_block
+
+
+def compensate_block(
+    block: Tensor, exact: Tensor | None, fixed: Tensor, step: Tensor, zero: Tensor, onward: Tensor, share: Tensor, top: int
+) -> Tensor:  # fmt: skip
+    """Round a block of columns one after another; returns the errors that they pass on, each times its share.
+
+    block, step, zero, fixed: [C, O], block becomes what each column was when it was rounded; exact: what `fixed` entries
+    stay, None where there are none; onward: [C, C], what an error takes off later columns; share: [C].
+    """
+    errors = torch.empty_like(block)
+    parts = zip(*(part.unbind() for part in (block, errors, step, zero, onward)), share.tolist(), strict=True)
+    for at, (column, error, size, origin, onto, part) in enumerate(parts):
+        if exact is not None:
+            column.copy_(torch.where(fixed[at], exact[at], column))
+        code = torch.addcdiv(origin, column, size).round_().clamp_(0, top).sub_(origin)
+        torch.addcmul(column, code, size, value=-1, out=error).mul_(part)
+        block[at + 1 :].addr_(onto[at + 1 :], error, alpha=-1)
+    return errors

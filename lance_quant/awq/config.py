@@ -29,7 +29,7 @@ class RecipeConfig:
     clip: "none", one pair of shares for a "linear", or for each "group" of each row (`clip.CLIPS`); clip_steps: shares
     tried of each end, from 1 down to clip_least.
     rounding: in this order, each starting from the one before: "nearest", "gptq" (errors made up for by later columns;
-    damping: share of the mean second moment), "residual" (down_proj, compensated, makes up for the other linears),
+    damping: share of the mean second moment; descent: passes over what came out, see `descend`), "residual" (down_proj, compensated, makes up for the other linears),
     "learned" (on the kept sequences: learned_steps steps of about learned_tokens tokens; learned_rate, range_rate:
     first step of offsets, in codes, and of the ends of ranges, in shares).
     sequential: the states that enter a layer's kept sequences are those that the layers before, rounded, make of them;
@@ -52,6 +52,7 @@ class RecipeConfig:
     clip_least: float = 0.65
     rounding: list[str] = field(default_factory=lambda: ["nearest"])
     damping: float = 0.01
+    descent: int = 0
     learned_steps: int = 100
     learned_tokens: int = 2048
     learned_rate: float = 0.01

@@ -12,6 +12,7 @@ from lance_quant.awq.block import Block
 from lance_quant.awq.clip import CLIPS
 from lance_quant.awq.compensate import compensate
 from lance_quant.awq.config import RecipeConfig
+from lance_quant.awq.descend import descend
 from lance_quant.awq.learn import Learning, learn, weights_of
 from lance_quant.awq.lessons import Lesson, first_lessons, whole_loss
 from lance_quant.awq.moments import Split, second_moments
@@ -123,8 +124,7 @@ def compensated(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:
     for split, linears in work.sites():
         if linears[0].site == SITE and "residual" in work.recipe.rounding:
             continue  # its turn comes when the others are done
-        together = stacked([drafts[target.name] for target in linears])
-        together = compensate(together, work.moments(split, linears), work.recipe.damping)
+        together = settled(work, stacked([drafts[target.name] for target in linears]), work.moments(split, linears))
         start = 0
         for target in linears:
             trial = rows_of(together, start, start + target.out_features)
@@ -132,6 +132,12 @@ def compensated(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:
             if closer(work, target, split, drafts[target.name], trial):
                 made[target.name] = trial
     return made
+
+
+def settled(work: Refinement, made: Draft, moments: Tensor) -> Draft:
+    """Compensated, then as far down as the recipe's passes go. made: rounded to nearest over its ranges."""
+    recipe = work.recipe
+    return descend(compensate(made, moments, recipe.damping), made.latent, moments, recipe.damping, recipe.descent)
 
 
 def corrected(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:
@@ -149,7 +155,7 @@ def corrected(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:
         trial, clips = draft(weight if change is None else weight + change, was.grid), None
         if recipe.clip != "none":
             trial, *clips = CLIPS[recipe.clip](trial, moments, recipe)
-        trial = compensate(trial, moments, recipe.damping)
+        trial = settled(work, trial, moments)
         if part:
             helps = part.error(trial.weight() - weight) < part.error(was.weight() - weight)
         else:

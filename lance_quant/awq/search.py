@@ -303,9 +303,9 @@ def read_inputs(job: LayerJob, tensors: dict[str, Tensor], device: str) -> Input
     whole = {}
     for key, site in sites.items():
         rows, tasks = computed.get(key, (site.rows[:0].float(), []))
-        rows = rows.cpu().to(torch.bfloat16)
+        rows = rows.to(torch.bfloat16)
         if "rows" in recipe.evidence and len(site.rows):
-            rows, tasks = torch.cat([site.rows, rows]) if len(rows) else site.rows, [*site.row_tasks, *tasks]
+            rows, tasks = torch.cat([site.rows.to(device), rows.to(device)]), [*site.row_tasks, *tasks]
         whole[key] = replace(site, rows=rows, row_tasks=tasks)
     return gather(job, whole, block, taught, device)
 

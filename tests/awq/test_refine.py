@@ -13,6 +13,7 @@ from lance_quant.awq.block import Block
 from lance_quant.awq.clip import CLIPS, group_blocks
 from lance_quant.awq.compensate import compensate, inverse_factor
 from lance_quant.awq.config import RecipeConfig
+from lance_quant.awq.descend import descend
 from lance_quant.awq.grid import Grid
 from lance_quant.awq.learn import Learning, learn, turns
 from lance_quant.awq.lessons import lessons
@@ -61,6 +62,33 @@ def test_compensation_keeps_what_is_exact():
     assert torch.equal(made[1], weight[1]) and torch.equal(made[2, 16:32], weight[2, 16:32])
     nothing = draft(weight, GRID)
     assert compensate(nothing, torch.zeros(64, 64), 0.01) is nothing
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("seed", range(3))
+def test_descent_lowers_the_error_of_compensated_codes(bits, seed):
+    x = correlated(seed=seed)
+    weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(seed + 10))
+    start = compensate(draft(weight, replace(GRID, bits=bits)), x.T @ x, 0.01)
+    errors = [error(weight, descend(start, weight, x.T @ x, 0.0, passes), x) for passes in range(4)]
+    assert errors[1] < 0.97 * errors[0] and errors[3] <= errors[2] <= errors[1]
+    made = descend(start, weight, x.T @ x, 0.01, 3)
+    assert torch.equal(made.step, made.step.bfloat16().float()) and torch.equal(made.zero, made.zero.round())
+    assert made.zero.min() >= 0 and made.zero.max() <= made.grid.top
+    torch.testing.assert_close(made.rounded().dequantize(), made.latent, rtol=1e-6, atol=1e-6)  # its own grid holds it
+
+
+def test_descent_keeps_what_is_exact():
+    x = correlated()
+    x[:, 5] = 0
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    weight[1] = 0
+    weight[2, 16:32] = 0.75
+    made = descend(compensate(draft(weight, GRID), x.T @ x, 0.01), weight, x.T @ x, 0.01, 3).weight()
+    assert made.isfinite().all()
+    assert torch.equal(made[1], weight[1]) and torch.equal(made[2, 16:32], weight[2, 16:32])
+    nothing = draft(weight, GRID)
+    assert descend(nothing, weight, torch.zeros(64, 64), 0.01, 3) is nothing
 
 
 def test_damping_grows_until_there_is_a_factor():
