@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 from bench import Bench, Settings
-from make_full_size import settings_of
 from model_stages import stage_forward, stage_generate, stage_load, stage_make
 from pipeline_stages import FLOW, run_flow, stage_capture, stage_offload, stage_pack, stage_run
+from settings import settings_of
 
 from lance_quant.errors import LanceQuantError
 

@@ -11,12 +11,13 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import torch
+from settings import settings_of
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from lance_quant.checkpoint.layout import POSITION_TABLE, VIT_PREFIX, expected_shapes, vision_shapes
@@ -377,18 +378,6 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
     settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     write_json(folder / "tokenizer_config.json", settings)
-
-
-def settings_of(arguments: list[str], schema: Callable) -> dict:
-    """key=value words as the schema's fields. Raises LanceQuantError for a word that is none."""
-    known = {field.name: field.type for field in fields(schema)}
-    found = {}
-    for word in arguments:
-        key, equals, value = word.partition("=")
-        if not equals or key not in known:
-            raise LanceQuantError(f"'{word}' is no setting: take key=value of {', '.join(known)}")
-        found[key] = known[key](value)
-    return found
 
 
 def main(arguments: list[str]) -> None:

@@ -21,9 +21,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare machine has not installed the package
 
-from make_full_size import settings_of  # noqa: E402
 from runtime_models import Models  # noqa: E402
 from runtime_rows import ROWS, Run, check_plain, table_of  # noqa: E402
+from settings import settings_of  # noqa: E402
 
 from lance_quant.errors import LanceQuantError  # noqa: E402
 from lance_quant.runtime.accelerate import accelerate  # noqa: E402

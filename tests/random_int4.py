@@ -1,4 +1,4 @@
-"""`random_int4`: an Int4Linear of random codes, and its product worked out in float64."""
+"""`random_int4`: a random Int4Linear, and its product worked out in float64."""
 
 from collections.abc import Callable
 
@@ -6,19 +6,14 @@ import torch
 from torch import Tensor
 
 from lance_quant.runtime.int4_linear import Int4Linear
+from lance_quant.runtime.measure import random_linear
 
 
 def random_int4(
     outputs: int, inputs: int, group: int, bias: bool = False, seed: int = 0
 ) -> tuple[Int4Linear, Callable[[Tensor], Tensor]]:
     """(linear, exact): exact(x) is the product in float64 from the linear's buffers as they are when it is called."""
-    draw = torch.Generator().manual_seed(seed)
-    linear = Int4Linear((outputs, inputs), group, bias)
-    linear.qweight.random_(0, 256, generator=draw)
-    linear.zeros.random_(0, 16, generator=draw)
-    linear.scales.copy_(torch.rand(outputs, inputs // group, generator=draw) * 0.02 + 0.005)
-    if bias:
-        linear.bias.copy_(torch.randn(outputs, generator=draw))
+    linear = random_linear((outputs, inputs), group, "cpu", seed, bias)
 
     def exact(x: Tensor) -> Tensor:
         codes = torch.stack((linear.qweight & 15, linear.qweight >> 4), -1).view(outputs, -1, group).double()

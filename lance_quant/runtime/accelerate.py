@@ -15,17 +15,19 @@ from lance_quant.model.lance import Lance
 from lance_quant.model.sampler import CachedFlow
 from lance_quant.model.sequence import Sample
 from lance_quant.model.understanding import Answer, context_of, context_spans
-from lance_quant.runtime.fused import fuse_decoder
+from lance_quant.runtime.fused import Streams, fuse_decoder, use_streams
 from lance_quant.runtime.graphs import Decoding, RecordedFlow, Tokens, capacity_for
 
 CHOICES = ("auto", "on", "off")
+STREAMS = Streams()
 
 
-def accelerate(lance: Lance, choice: str = "auto", graphs: bool = True) -> Lance:
+def accelerate(lance: Lance, choice: str = "auto", graphs: bool = True, streams: Streams = STREAMS) -> Lance:
     """choice: auto does it on a GPU only; on: anywhere. graphs: off runs fused layers one kernel launch at a time."""
     check_choice(choice)
     if choice == "on" or (choice == "auto" and lance.device.type == "cuda"):
         fuse_decoder(lance.language_model)
+        use_streams(lance.language_model.model, streams)
         lance.fast = Fast(lance, graphs)
     return lance
 

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lance_quant.runtime.kernels.early import launched
+
 KEYS = 64  # read at a time
 MOST_SPLITS = 64
 
@@ -32,8 +34,12 @@ def _stretch(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Queries of one kv head (row = token * GROUP + head in group) over one split; scores are in base 2."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     kv = tl.program_id(0)
     split = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
@@ -75,7 +81,10 @@ def _stretch(
 
 
 @triton.jit
-def _join(partial, logsum, out, splits, SPLITS: tl.constexpr, SIZE: tl.constexpr):
+def _join(partial, logsum, out, splits, SPLITS: tl.constexpr, SIZE: tl.constexpr, EARLY: tl.constexpr):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS)
     there = split < splits
@@ -112,7 +121,10 @@ def attend_kept(queries, keys, values, lengths):
         ROWS=max(16, triton.next_power_of_2(tokens * group)),
         KEYS=KEYS,
         PRECISION="ieee" if queries.dtype == torch.float32 else "tf32",
+        **launched(),
     )
     out = torch.empty_like(queries)
-    _join[(batch * tokens * heads,)](partial, logsum, out, splits, triton.next_power_of_2(splits), size, num_warps=2)
+    _join[(batch * tokens * heads,)](
+        partial, logsum, out, splits, triton.next_power_of_2(splits), size, num_warps=2, **launched()
+    )
     return out

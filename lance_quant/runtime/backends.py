@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lance_quant.runtime import cpu_layout
+from lance_quant.runtime import cpu_layout, dequantized
+from lance_quant.runtime.dequantized import triton_dequant_cublas
 
 if TYPE_CHECKING:
     from lance_quant.runtime.int4_linear import Int4Linear
 
-CHUNK_ELEMENTS = 2**24  # dequantized at a time on a GPU: 32 MB of bf16 stay in an H100's L2 until they are multiplied
 GEMV_ROWS = 4
+SKINNY_ROWS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,13 @@ def cpu_int4(linear: "Int4Linear", x: Tensor) -> Tensor:
 def triton_gemv(linear: "Int4Linear", x: Tensor) -> Tensor:
     from lance_quant.runtime.kernels.gemv import gemv
 
-    return gemv(x.contiguous(), linear.qweight, linear.scales, linear.zeros, linear.bias)
+    return gemv(x.contiguous(), linear.packed, linear.bias)
+
+
+def triton_skinny(linear: "Int4Linear", x: Tensor) -> Tensor:
+    from lance_quant.runtime.kernels.skinny import skinny
+
+    return skinny(x.contiguous(), linear.packed, linear.bias)
 
 
 def triton_gemm(linear: "Int4Linear", x: Tensor) -> Tensor:
@@ -74,38 +81,18 @@ def triton_gemm(linear: "Int4Linear", x: Tensor) -> Tensor:
     return gemm(x.contiguous(), linear.qweight, linear.scales, linear.zeros, linear.bias)
 
 
-def triton_dequant_cublas(linear: "Int4Linear", x: Tensor) -> Tensor:
-    """Chunk by chunk into one buffer of the device, then cuBLAS. Calls on two streams would share the buffer."""
-    from lance_quant.runtime.kernels.dequantize import dequantize
-
-    step = max(1, CHUNK_ELEMENTS // linear.in_features)
-    buffer = _chunk(x.device, CHUNK_ELEMENTS)
-    out = x.new_empty(len(x), linear.out_features)
-    for first in range(0, linear.out_features, step):
-        rows = slice(first, min(first + step, linear.out_features))
-        count = rows.stop - first
-        weight = buffer[: count * linear.in_features].view(count, linear.in_features)
-        dequantize(linear.qweight[rows], linear.scales[rows], linear.zeros[rows], weight)
-        if linear.bias is None:
-            torch.mm(x, weight.T, out=out[:, rows])
-        else:
-            torch.addmm(linear.bias[rows], x, weight.T, out=out[:, rows])
-    return out
-
-
 def dense(linear: "Int4Linear", x: Tensor) -> Tensor:
     """The kept bf16 weight."""
     return F.linear(x, linear.dense, linear.bias)
 
 
 def reserve(device: torch.device) -> None:
-    """Make the buffer of `triton_dequant_cublas` now: one made while a graph is captured would belong to the graph."""
-    _chunk(device, CHUNK_ELEMENTS)
+    """Make the memory that a GPU's backends share now: made while a graph is captured, it would belong to the graph."""
+    dequantized.reserve(device)
+    if has_triton():
+        from lance_quant.runtime.kernels import skinny
 
-
-@cache
-def _chunk(device: torch.device, elements: int) -> Tensor:
-    return torch.empty(elements, dtype=torch.bfloat16, device=device)
+        skinny.reserve(device)
 
 
 @cache
@@ -132,6 +119,13 @@ BACKENDS = {
     for backend in (
         Backend(
             name="triton_gemv", run=triton_gemv, serves_linear=_triton_serves, devices=("cuda",), most_rows=GEMV_ROWS
+        ),
+        Backend(
+            name="triton_skinny",
+            run=triton_skinny,
+            serves_linear=_triton_serves,
+            devices=("cuda",),
+            most_rows=SKINNY_ROWS,
         ),
         Backend(name="triton_gemm", run=triton_gemm, serves_linear=_triton_serves, devices=("cuda",)),
         Backend(

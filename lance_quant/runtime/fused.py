@@ -16,9 +16,14 @@ from lance_quant.model.decoder import Decoder, LanguageModel, Layer, RMSNorm
 from lance_quant.model.routing import Routing, Twin
 from lance_quant.runtime.attention import StaticCache, attend_kept
 from lance_quant.runtime.backends import triton_gemv
+from lance_quant.runtime.beside import Beside
+from lance_quant.runtime.dequantized import Ahead
 from lance_quant.runtime.int4_linear import Int4Linear, fuse
+from lance_quant.runtime.kernels.early import early
 from lance_quant.runtime.ops import Heads, Place, QKNorm, add_rms_norm, place_heads, silu_mul
 from lance_quant.runtime.selection import choose
+
+FEW_ROWS, MANY_ROWS = 16, 256  # tokens of the understanding expert that so many of the other one can hide
 
 
 class SideBySide(nn.Module):
@@ -53,27 +58,35 @@ def _one_linear(linears: Sequence[nn.Linear]) -> nn.Linear:
     return one
 
 
-def active(gate_up: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up of x; where the GEMV over codes multiplies, within it."""
-    if isinstance(gate_up, Int4Linear):
-        rows = x.reshape(-1, gate_up.in_features)
-        if choose(gate_up, rows) is triton_gemv:
-            from lance_quant.runtime.kernels.gemv import gemv
+def by_gemv(linear: nn.Module, x: torch.Tensor) -> bool:
+    """Whether the GEMV over codes multiplies, which does what stands around a product in the same kernel."""
+    return isinstance(linear, Int4Linear) and choose(linear, x.reshape(-1, linear.in_features)) is triton_gemv
 
-            parts = gate_up.qweight, gate_up.scales, gate_up.zeros, gate_up.bias
-            return gemv(rows.contiguous(), *parts, silu_mul=True).view(*x.shape[:-1], -1)
-    return silu_mul(gate_up(x))
+
+def within(linear: Int4Linear, x: torch.Tensor, **around) -> torch.Tensor:
+    """x [..., I] by a linear with what `gemv.Around` says -> [..., outputs]."""
+    from lance_quant.runtime.kernels.gemv import Around, gemv
+
+    rows = x.reshape(-1, linear.in_features).contiguous()
+    return gemv(rows, linear.packed, linear.bias, Around(**around)).view(*x.shape[:-1], -1)
+
+
+def active(gate_up: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of x."""
+    return within(gate_up, x, silu_mul=True) if by_gemv(gate_up, x) else silu_mul(gate_up(x))
 
 
 @dataclass(frozen=True)
 class FusedCall:
-    """What every layer of one call shares. caches as in `decoder.Call`, or the static one of a decoding step."""
+    """What every layer of one call shares. caches as in `decoder.Call`, or the static one of a decoding step.
+    beside: where the understanding expert's rows go while the other expert works; None: one after the other."""
 
     routing: Routing
     tables: tuple[torch.Tensor, torch.Tensor]
     spans: Sequence[Span] | None
     caches: tuple[KVCache, ...] | StaticCache
     wide_qk: bool
+    beside: Beside | None = None
 
 
 class Expert(nn.Module):
@@ -91,6 +104,10 @@ class Expert(nn.Module):
         self.gate_up = one_product([mlp.gate_proj, mlp.up_proj])
         self.down = mlp.down_proj
 
+    def linears(self) -> tuple[nn.Module, ...]:
+        """In the order in which they multiply."""
+        return self.qkv, self.out, self.gate_up, self.down
+
     @property
     def qk_norm(self) -> QKNorm:
         if isinstance(self.q_norm, RMSNorm):
@@ -99,11 +116,17 @@ class Expert(nn.Module):
 
     def read(self, x: torch.Tensor, added: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream with what the layer before adds to it, and q, k, v side by side."""
+        if added is None and by_gemv(self.qkv, x):
+            return x, within(self.qkv, x, gain=self.norm.weight, eps=self.norm.eps)
         x, normed = add_rms_norm(x, added, self.norm.weight, self.norm.eps)
         return x, self.qkv(normed)
 
-    def write(self, x: torch.Tensor, attended: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The residual stream after attention, and what the MLP adds to it."""
+    def write(self, x: torch.Tensor, attended: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The residual stream after attention, and what the MLP adds to it; None where it is added already."""
+        if all(by_gemv(linear, attended) for linear in (self.out, self.gate_up, self.down)):
+            x = within(self.out, attended, residual=x.contiguous())
+            inner = within(self.gate_up, x, gain=self.inner_norm.weight, eps=self.inner_norm.eps, silu_mul=True)
+            return within(self.down, inner, residual=x), None
         x, normed = add_rms_norm(x, self.out(attended), self.inner_norm.weight, self.inner_norm.eps)
         return x, self.down(active(self.gate_up, normed))
 
@@ -118,6 +141,8 @@ class FusedLayer(nn.Module):
 
     def forward(self, x: Twin, added: Twin, call: FusedCall) -> tuple[Twin, Twin]:
         """Residual stream and what is still to be added to it, in and out."""
+        if x.gen is not None and call.beside is not None:
+            return self._side_by_side(x, added, call, call.beside)
         und, und_qkv = self.und.read(x.und, added.und)
         if x.gen is None:
             attended = self._attend(Twin(und_qkv, None), call)
@@ -126,6 +151,19 @@ class FusedLayer(nn.Module):
         gen, gen_qkv = self.gen.read(x.gen, added.gen)
         attended = self._attend(Twin(und_qkv, gen_qkv), call)
         und, added_und = self.und.write(und, attended.und)
+        gen, added_gen = self.gen.write(gen, attended.gen)
+        return Twin(und, gen), Twin(added_und, added_gen)
+
+    def _side_by_side(self, x: Twin, added: Twin, call: FusedCall, beside: Beside) -> tuple[Twin, Twin]:
+        """The same; what is put out of the understanding path is on the stream of `beside`, as what comes in may be."""
+        with beside.launched(x.und, added.und):
+            und, und_qkv = self.und.read(x.und, added.und)
+        gen, gen_qkv = self.gen.read(x.gen, added.gen)
+        beside.join()
+        attended = self._attend(Twin(und_qkv, gen_qkv), call)
+        beside.fork()
+        with beside.launched(attended.und):
+            und, added_und = self.und.write(und, attended.und)
         gen, added_gen = self.gen.write(gen, attended.gen)
         return Twin(und, gen), Twin(added_und, added_gen)
 
@@ -185,6 +223,8 @@ class FusedDecoder(Decoder):
         nn.Module.__init__(self)
         self.config, self.rope_inv_freq_bf16 = decoder.config, decoder.rope_inv_freq_bf16
         self.embed_tokens, self.norm, self.norm_moe_gen = decoder.embed_tokens, decoder.norm, decoder.norm_moe_gen
+        self.beside: Beside | None = None
+        self.early = False
         self.layers = decoder.layers
         for index, layer in enumerate(decoder.layers):
             self.layers[index] = FusedLayer(layer)  # one at a time: the plain one's memory is free before the next
@@ -203,20 +243,51 @@ class FusedDecoder(Decoder):
         Does not count the lengths on. Reads nothing on the host, so that it can be captured.
         """
         call = self._fused(self.call(hidden, positions, Routing()), cache)
-        return self._through(Twin(hidden, None), call).und
+        with early(self.early):
+            return self._through(Twin(hidden, None), call).und
 
     def _fused(self, call, caches) -> FusedCall:
         tables = tuple((table if table.dim() == 3 else table[None]).contiguous() for table in call.rotary)
-        return FusedCall(call.routing, tables, call.spans, caches, call.wide_qk)
+        und, gen = call.routing.und, call.routing.gen
+        hidden = gen is not None and len(und) <= FEW_ROWS and len(gen) >= MANY_ROWS
+        return FusedCall(call.routing, tables, call.spans, caches, call.wide_qk, self.beside if hidden else None)
 
     def _through(self, x: Twin, call: FusedCall) -> Twin:
         added = Twin(None, None)
+        beside = None if x.gen is None else call.beside
+        if beside is not None:
+            beside.fork()
         for layer in self.layers:
             x, added = layer(x, added, call)
+        if beside is not None:
+            beside.join()
         und = add_rms_norm(x.und, added.und, self.norm.weight, self.norm.eps)[1]
         if x.gen is None:
             return Twin(und, None)
         return Twin(und, add_rms_norm(x.gen, added.gen, self.norm_moe_gen.weight, self.norm_moe_gen.eps)[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streams:
+    """What may run at a time on a GPU. beside: the understanding expert's few rows while the other one multiplies.
+    ahead: so many linears of the generation expert ahead is a weight made from its codes; 0: when its turn comes.
+    early: a decoding step's kernels start before their predecessors end."""
+
+    beside: bool = False
+    ahead: int = 0
+    early: bool = False
+
+
+def use_streams(decoder: FusedDecoder, streams: Streams) -> None:
+    """Take these from the next call on; what is recorded already keeps its own."""
+    decoder.early = streams.early and decoder.norm.weight.is_cuda
+    decoder.beside = Beside(decoder.norm.weight.device) if streams.beside else None
+    linears = [linear for layer in decoder.layers for linear in layer.gen.linears()]
+    packed = all(isinstance(linear, Int4Linear) and linear.terms is None for linear in linears)
+    ahead = Ahead(linears, streams.ahead) if packed and streams.ahead else None
+    for linear in linears:
+        if isinstance(linear, Int4Linear):
+            linear.ahead = ahead
 
 
 def fuse_decoder(language_model: LanguageModel) -> None:

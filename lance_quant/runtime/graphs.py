@@ -5,6 +5,7 @@ the device, so that the host only starts it. A denoising step is one graph per n
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 
@@ -39,7 +40,7 @@ class Recorded:
         return self.out
 
     def _record(self, work: Callable[[], object]) -> None:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
+        graph, stream = torch.cuda.CUDAGraph(), _recording(self.device)
         torch.cuda.synchronize(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -50,6 +51,13 @@ class Recorded:
                 graph.capture_end()
         torch.cuda.current_stream(self.device).wait_stream(stream)
         self.graph = graph
+
+
+@cache
+def _recording(device: torch.device) -> torch.cuda.Stream:
+    """One for all graphs of a device, since cuBLAS keeps its working memory for every stream that it has seen; before
+    others, so that what is launched beside fills gaps alone."""
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def capacity_for(tokens: int) -> int:

@@ -6,6 +6,7 @@ Which kernel multiplies is `selection.choose`'s answer to the device and the num
 """
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from lance_quant.checkpoint.native import PARTS, pack_nibbles, part_shapes, unpa
 from lance_quant.errors import LanceQuantError
 from lance_quant.runtime.cpu_layout import GROUPS, block_rows, pack_rows, terms, unpack_rows
 from lance_quant.runtime.selection import choose
+
+if TYPE_CHECKING:
+    from lance_quant.runtime.dequantized import Ahead
 
 BLOCK_ELEMENTS = 2**22  # of a weight dequantized at a time
 
@@ -25,10 +29,12 @@ class Int4Linear(nn.Module):
     or None. Built empty on `device`; `swap.swap_linears` fills it.
     backend: the name of the one to use wherever it serves; None: as measured or built in for the device.
     dense: the weight in bf16 [O, I] where `keep_dense` made it, None otherwise; no part of the state.
+    ahead: None, or what makes its bf16 weight before its turn comes.
     terms: None, or what goes with codes that `to_cpu_layout` has put in another order; the state has them in order.
     """
 
     backend: str | None = None
+    ahead: "Ahead | None" = None
 
     def __init__(self, shape: tuple[int, int], group_size: int, bias: bool, device: torch.device | str = "cpu"):
         super().__init__()
@@ -42,6 +48,10 @@ class Int4Linear(nn.Module):
         self.register_buffer("bias", empty_bias)
         self.register_buffer("dense", None, persistent=False)
         self.register_buffer("terms", None, persistent=False)
+
+    @property
+    def packed(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.qweight, self.scales, self.zeros
 
     def codes(self, rows: slice = slice(None)) -> Tensor:
         """uint8 [O, I]; of codes in the CPU's layout, rows of whole blocks alone."""

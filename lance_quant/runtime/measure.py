@@ -20,17 +20,19 @@ from lance_quant.runtime.selection import Choice, write_table
 
 SHAPES = {"qkv": (2560, 2048), "o": (2048, 2048), "gate_up": (22016, 2048), "down": (2048, 11008)}  # fused, [O, I]
 ROWS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512)  # beyond the last: as for the last
-CANDIDATES = ("triton_gemv", "triton_gemm", "triton_dequant_cublas")
+CANDIDATES = ("triton_gemv", "triton_skinny", "triton_gemm", "triton_dequant_cublas")
 COLD_BYTES = 2**28  # several times the L2 of any GPU so far
 
 
-def random_linear(shape: tuple[int, int], group_size: int, device, seed: int = 0) -> Int4Linear:
-    """Codes and zero points at random, steps near what Lance has."""
+def random_linear(shape: tuple[int, int], group_size: int, device, seed: int = 0, bias: bool = False) -> Int4Linear:
+    """Everything at random, steps near what Lance has."""
     draw = torch.Generator(device).manual_seed(seed)
-    linear = Int4Linear(shape, group_size, bias=False, device=device)
+    linear = Int4Linear(shape, group_size, bias, device)
     linear.qweight.random_(0, 256, generator=draw)
-    linear.zeros.random_(6, 10, generator=draw)
+    linear.zeros.random_(0, 16, generator=draw)
     linear.scales.uniform_(0.005, 0.01, generator=draw)
+    if bias:
+        linear.bias.normal_(generator=draw)
     return linear
 
 

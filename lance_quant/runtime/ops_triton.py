@@ -7,13 +7,18 @@ import torch
 import triton
 import triton.language as tl
 
+from lance_quant.runtime.kernels.early import launched
+
 NORM_WARPS = 8
 SILU_BLOCK = 1024
 HEAD_ROWS = 8  # rows that one program turns; 1 where few are there, so that they spread over the card
 
 
 @triton.jit
-def _add_rms_norm(x, y, weight, total, out, size, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _add_rms_norm(x, y, weight, total, out, size, eps, ADD: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64) * size
     at = tl.arange(0, BLOCK)
     inside = at < size
@@ -37,12 +42,15 @@ def add_rms_norm(x, y, weight, eps):
     y = x if y is None else y.contiguous()
     grid = (x.numel() // size,)
     block = triton.next_power_of_2(size)
-    _add_rms_norm[grid](x, y, weight, total, out, size, eps, total is not x, block, num_warps=NORM_WARPS)
+    _add_rms_norm[grid](x, y, weight, total, out, size, eps, total is not x, block, num_warps=NORM_WARPS, **launched())
     return total, out
 
 
 @triton.jit
-def _silu_mul(gate_up, out, size, BLOCK: tl.constexpr):
+def _silu_mul(gate_up, out, size, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
@@ -58,7 +66,7 @@ def silu_mul(gate_up):
     size = gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], size)
     grid = (out.numel() // size, triton.cdiv(size, SILU_BLOCK))
-    _silu_mul[grid](gate_up, out, size, SILU_BLOCK)
+    _silu_mul[grid](gate_up, out, size, SILU_BLOCK, **launched())
     return out
 
 
@@ -89,8 +97,12 @@ def _place_heads(
     WIDE: tl.constexpr,
     PLACES: tl.constexpr,
     STARTS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One head of BLOCK rows: its two halves are turned against each other."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -175,4 +187,5 @@ def place_heads(qkv, tables, norm, wide, place, out):
         PLACES=place.rows is not None,
         STARTS=by_row,
         num_warps=1 if block == 1 else 4,
+        **launched(),
     )

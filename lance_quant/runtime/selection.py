@@ -24,7 +24,7 @@ from lance_quant.runtime.backends import BACKENDS
 if TYPE_CHECKING:
     from lance_quant.runtime.int4_linear import Int4Linear
 
-VERSION = 1  # of the tables' meaning: raised where kernels or configs change, so that GPUs are measured again
+VERSION = 2  # of the tables' meaning: raised where kernels or configs change, so that GPUs are measured again
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,12 @@ class Int4Config:
 
 
 BUILT_IN = {
-    "cuda": (Choice(4, "triton_gemv"), Choice(64, "triton_gemm"), Choice(None, "triton_dequant_cublas")),
+    "cuda": (
+        Choice(4, "triton_gemv"),
+        Choice(16, "triton_skinny"),
+        Choice(64, "triton_gemm"),
+        Choice(None, "triton_dequant_cublas"),
+    ),
     "cpu": (Choice(64, "cpu_int4"), Choice(None, "blocks")),
 }
 

@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 
 from lance_quant.errors import LanceQuantError
 from lance_quant.runtime import selection
-from lance_quant.runtime.backends import BACKENDS, CHUNK_ELEMENTS
+from lance_quant.runtime.backends import BACKENDS
 from lance_quant.runtime.int4_linear import fuse
 from lance_quant.runtime.selection import BUILT_IN, Choice, choose, read_table, table_file, write_table
 from tests.random_int4 import distance, random_int4
@@ -143,7 +143,3 @@ def test_a_damaged_table_counts_as_none(tmp_path, monkeypatch, damage):
     path = write_table("GPU X", (Choice(None, "blocks"),))
     path.write_text(damage(json.loads(path.read_text())))
     assert read_table("GPU X") is None
-
-
-def test_chunks_of_the_buffer_hold_every_lance_linear():
-    assert CHUNK_ELEMENTS >= 11008

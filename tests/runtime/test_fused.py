@@ -16,7 +16,9 @@ from lance_quant.model.request import Request
 from lance_quant.model.routing import Routing
 from lance_quant.model.sampler import FlowConfig, initial_state, run_flow, start_flow
 from lance_quant.model.understanding import answer, forced_logits
+from lance_quant.runtime import fused
 from lance_quant.runtime.accelerate import accelerate, answer_together
+from lance_quant.runtime.fused import Streams, use_streams
 from tests.random_checkpoint import random_checkpoint
 
 
@@ -94,6 +96,22 @@ def test_drawing(checkpoint, pair, guidance):
         state = initial_state(sample, 1, 48, lance.dtype)
         finals.append(run_flow(start_flow(lance, sample, state, cfg), state, cfg))
     close(finals[1], finals[0])
+
+
+@torch.inference_mode()
+def test_experts_side_by_side_and_weights_ahead(pair, monkeypatch):
+    """On a CPU there are no streams, and the order of the work alone is another."""
+    monkeypatch.setattr(fused, "MANY_ROWS", 1)
+    decoder = pair[1].language_model.model
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 8, decoder.config.hidden_size).to(pair[0].dtype)
+    positions, mask = torch.arange(8).expand(2, 3, 8), torch.arange(8) > 1
+    out = []
+    for streams in (Streams(), Streams(beside=True, ahead=2, early=True)):
+        use_streams(decoder, streams)
+        out.append(decoder(hidden, positions, Routing.of(mask)))
+    use_streams(decoder, Streams())
+    assert torch.equal(out[0], out[1]) and decoder.beside is None
 
 
 def test_choices(pair):

@@ -11,53 +11,58 @@ pytest.importorskip("triton")
 
 from lance_quant.runtime.kernels.dequantize import DequantizeConfig, dequantize  # noqa: E402
 from lance_quant.runtime.kernels.gemm import GemmConfig, gemm  # noqa: E402
-from lance_quant.runtime.kernels.gemv import GemvConfig, gemv  # noqa: E402
+from lance_quant.runtime.kernels.gemv import Around, GemvConfig, gemv  # noqa: E402
+from lance_quant.runtime.kernels.skinny import SkinnyConfig, skinny  # noqa: E402
 from tests.random_int4 import distance, random_int4  # noqa: E402
 
 CLOSE = 1e-5  # outputs are float32 here: the interpreter cuts a bf16 off instead of rounding it
 
 
+CONFIGS = [GemvConfig(4, 32, 1), GemvConfig(4, warps=1, lanes=True)]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["blocks", "lanes"])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
 @pytest.mark.parametrize(("outputs", "inputs", "group"), [(24, 256, 32), (7, 384, 64), (16, 640, 128)])
-def test_gemv(rows, outputs, inputs, group):
+def test_gemv(rows, outputs, inputs, group, config):
     linear, exact = random_int4(outputs, inputs, group, bias=rows % 2 == 1)
     x = torch.randn(rows, inputs).bfloat16()
-    y = gemv(
-        x,
-        linear.qweight,
-        linear.scales,
-        linear.zeros,
-        linear.bias,
-        out=torch.empty(rows, outputs),
-        config=GemvConfig(4, 32, 1),
-    )
+    y = gemv(x, linear.packed, linear.bias, out=torch.empty(rows, outputs), config=config)
     assert distance(y, exact(x)) < CLOSE
 
 
-def test_gemv_with_silu_mul_and_residual():
+@pytest.mark.parametrize("config", CONFIGS, ids=["blocks", "lanes"])
+@pytest.mark.parametrize("normed", [True, False])
+def test_gemv_with_what_stands_around_it(normed, config):
     linear, exact = random_int4(32, 128, 32, bias=True)
-    x, residual = torch.randn(2, 128).bfloat16(), torch.randn(2, 16).bfloat16()
-    gate, up = exact(x).chunk(2, -1)
-    y = gemv(
-        x,
-        linear.qweight,
-        linear.scales,
-        linear.zeros,
-        linear.bias,
-        residual=residual,
-        silu_mul=True,
-        out=torch.empty(2, 16),
-    )
+    x, residual, gain = torch.randn(2, 128).bfloat16(), torch.randn(2, 16).bfloat16(), torch.rand(128).bfloat16()
+    seen = x.double()
+    if normed:
+        seen = seen / (seen.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * gain.double()
+    gate, up = exact(seen).chunk(2, -1)
+    around = Around(gain=gain if normed else None, eps=1e-6, silu_mul=True, residual=residual)
+    y = gemv(x, linear.packed, linear.bias, around, out=torch.empty(2, 16), config=config)
     assert distance(y, torch.nn.functional.silu(gate) * up + residual.double()) < CLOSE
 
 
-def test_a_large_activation_leaves_the_others_their_digits():
+@pytest.mark.parametrize("config", CONFIGS, ids=["blocks", "lanes"])
+def test_a_large_activation_leaves_the_others_their_digits(config):
     linear, exact = random_int4(16, 128, 64, bias=False)
     x = torch.randn(1, 128).bfloat16()
     x[0, 5] = 8192
     linear.qweight[:, 2] = linear.qweight[:, 2] & 15 | linear.zeros[:, 0] << 4  # the weight that meets it is 0
-    y = gemv(x, linear.qweight, linear.scales, linear.zeros, out=torch.empty(1, 16))
-    assert distance(y, exact(x)) < 4e-3
+    assert distance(gemv(x, linear.packed, out=torch.empty(1, 16), config=config), exact(x)) < 4e-3
+
+
+@pytest.mark.parametrize("rows", [1, 7, 16])
+@pytest.mark.parametrize("splits", [1, 2, 3])
+@pytest.mark.parametrize(("outputs", "inputs", "group"), [(24, 256, 32), (40, 384, 64), (16, 640, 128)])
+def test_skinny(rows, outputs, inputs, group, splits):
+    linear, exact = random_int4(outputs, inputs, group, bias=rows % 2 == 1)
+    x = torch.randn(rows, inputs).bfloat16()
+    for _ in range(2):  # the tickets are 0 again after a call
+        y = skinny(x, linear.packed, linear.bias, torch.empty(rows, outputs), SkinnyConfig(16, 16, splits, 1))
+        assert distance(y, exact(x)) < CLOSE
 
 
 @pytest.mark.parametrize("rows", [1, 7, 17, 33])
@@ -74,6 +79,6 @@ def test_gemm(rows, outputs, inputs, group, splits):
 @pytest.mark.parametrize(("outputs", "inputs", "group"), [(5, 64, 32), (7, 384, 64), (8, 640, 128), (3, 1280, 256)])
 def test_dequantize(outputs, inputs, group):
     linear, _ = random_int4(outputs, inputs, group)
-    config = DequantizeConfig(4, 256, 1)
+    config = DequantizeConfig(32, 2, 1)
     got = dequantize(linear.qweight, linear.scales, linear.zeros, torch.empty(outputs, inputs), config)
     assert torch.equal(got, linear.weight(torch.float32))

@@ -1,4 +1,10 @@
-"""`dequantize(qweight, scales, zeros, out)`: codes to bf16, bound by memory: per weight half a byte in, two out."""
+"""`dequantize(qweight, scales, zeros, out)`: codes to bf16, bound by memory: per weight half a byte in, two out.
+
+Rows follow each other in all four arrays, so that a weight is a run of words of 8 codes, whatever its shape. A thread
+reads a word and writes 16 bytes. A code set into the mantissa of 1.0 reads 1 + code / 128, and one multiply-add makes
+(code - zero) * scale of it: 128 * scale and (128 + zero) * scale have 16 bits at most, so that nothing is rounded but
+the result.
+"""
 
 from dataclasses import dataclass
 
@@ -7,55 +13,80 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+ONE = 0x3F800000  # 1.0 as bits; an argument rather than a constant, so that and-or becomes one instruction
+
 
 @dataclass(frozen=True)
 class DequantizeConfig:
-    """block_o rows of block_i weights a program, block_i a power of two and no less than a group."""
+    """A program takes `turns` times `words` words of 8 codes, all read before the first is written."""
 
-    block_o: int = 4
-    block_i: int = 1024
-    warps: int = 4
+    words: int = 256
+    turns: int = 4
+    warps: int = 8
 
 
 @triton.jit
-def _dequantize(qweight, scales, zeros, out, outputs, INPUTS: tl.constexpr, G: tl.constexpr,
-                BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):  # fmt: skip
-    BYTES: tl.constexpr = BLOCK_I // 2
-    BLOCK_G: tl.constexpr = BLOCK_I // G
-    GROUPS: tl.constexpr = INPUTS // G
-    row = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    o = tl.minimum(row, outputs - 1)
-    at = tl.program_id(1) * BYTES + tl.arange(0, BYTES)
-    g = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
-    i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
-    inside = (g < GROUPS)[None, :]
-    packed = tl.load(qweight + o[:, None] * (INPUTS // 2) + at[None, :], mask=(at < INPUTS // 2)[None, :], other=0)
-    scale = tl.load(scales + o[:, None] * GROUPS + g[None, :], mask=inside, other=0).to(tl.float32)
-    zero = tl.load(zeros + o[:, None] * GROUPS + g[None, :], mask=inside, other=0).to(tl.float32)
-    packed = tl.reshape(packed, (BLOCK_O, BLOCK_G, G // 2))
-    low = ((packed & 15).to(tl.float32) - zero[:, :, None]) * scale[:, :, None]
-    high = ((packed >> 4).to(tl.float32) - zero[:, :, None]) * scale[:, :, None]
-    both = tl.join(low.to(out.dtype.element_ty), high.to(out.dtype.element_ty))
-    both = tl.reshape(both, (BLOCK_O, BLOCK_I))
-    there = (row < outputs)[:, None] & (i < INPUTS)[None, :]
-    tl.store(out + row[:, None].to(tl.int64) * INPUTS + i[None, :], both, mask=there)
+def _weights(words, scale, shift, one):
+    """8 float32 weights of each word, in order: [BLOCK] -> [BLOCK * 8]."""
+    v0 = ((((words << 16) & 0xF0000) | one).to(tl.float32, bitcast=True)) * scale - shift
+    v1 = ((((words << 12) & 0xF0000) | one).to(tl.float32, bitcast=True)) * scale - shift
+    v2 = ((((words << 8) & 0xF0000) | one).to(tl.float32, bitcast=True)) * scale - shift
+    v3 = ((((words << 4) & 0xF0000) | one).to(tl.float32, bitcast=True)) * scale - shift
+    v4 = (((words & 0xF0000) | one).to(tl.float32, bitcast=True)) * scale - shift
+    v5 = ((((words >> 4) & 0xF0000) | one).to(tl.float32, bitcast=True)) * scale - shift
+    v6 = ((((words >> 8) & 0xF0000) | one).to(tl.float32, bitcast=True)) * scale - shift
+    v7 = ((((words >> 12) & 0xF0000) | one).to(tl.float32, bitcast=True)) * scale - shift
+    even = tl.join(tl.join(v0, v4), tl.join(v2, v6))  # [BLOCK, 2, 2]: the last index counts slowest
+    odd = tl.join(tl.join(v1, v5), tl.join(v3, v7))
+    return tl.join(even, odd)
+
+
+@triton.jit
+def _dequantize(qweight, scales, zeros, out, words, one, GW: tl.constexpr, BLOCK: tl.constexpr, TURNS: tl.constexpr,
+                WHOLE: tl.constexpr):  # fmt: skip
+    start = tl.program_id(0) * (BLOCK * TURNS)
+    held = ()
+    for turn in tl.static_range(TURNS):
+        w = start + turn * BLOCK + tl.arange(0, BLOCK)
+        if WHOLE:
+            read = (tl.load(qweight + w), tl.load(scales + w // GW), tl.load(zeros + w // GW))
+        else:
+            there = w < words
+            read = (
+                tl.load(qweight + w, there, 0),
+                tl.load(scales + w // GW, there, 0.0),
+                tl.load(zeros + w // GW, there, 0),
+            )
+        held += (read,)
+    for turn in tl.static_range(TURNS):
+        codes, scale, zero = held[turn]
+        scale = scale.to(tl.float32)
+        values = _weights(codes, scale * 128.0, scale * (zero.to(tl.float32) + 128.0), one)
+        i = start * 8 + turn * (BLOCK * 8) + tl.arange(0, BLOCK * 8)
+        values = tl.reshape(values, (BLOCK * 8,)).to(out.dtype.element_ty)
+        if WHOLE:
+            tl.store(out + i, values)
+        else:
+            tl.store(out + i, values, i < words * 8)
 
 
 def dequantize(
     qweight: Tensor, scales: Tensor, zeros: Tensor, out: Tensor | None = None, config: DequantizeConfig | None = None
 ) -> Tensor:
-    """Rows of the native layout -> the weight [O, I], contiguous, in `out`'s float dtype, bf16 where it is made here.
+    """Contiguous rows of the native layout -> the weight [O, I], contiguous, in `out`'s float dtype, bf16 where it is
+    made here.
 
-    Each is rounded once. Groups of a power of two.
+    Each is rounded once. Groups of a multiple of 8; fewer than 2^31 weights.
     """
     outputs, inputs = len(qweight), 2 * qweight.shape[1]
     group = inputs // scales.shape[1]
     config = config or DequantizeConfig()
-    block_i = max(min(config.block_i, triton.next_power_of_2(inputs)), group)
     if out is None:
         out = torch.empty((outputs, inputs), dtype=torch.bfloat16, device=qweight.device)
-    _dequantize[(triton.cdiv(outputs, config.block_o), triton.cdiv(inputs, block_i))](
-        qweight, scales, zeros, out, outputs,
-        INPUTS=inputs, G=group, BLOCK_O=config.block_o, BLOCK_I=block_i, num_warps=config.warps,
+    words = outputs * inputs // 8
+    each = config.words * config.turns
+    _dequantize[(triton.cdiv(words, each),)](
+        qweight.view(torch.int32), scales, zeros, out, words, ONE,
+        GW=group // 8, BLOCK=config.words, TURNS=config.turns, WHOLE=words % each == 0, num_warps=config.warps,
     )  # fmt: skip
     return out

@@ -1,0 +1,18 @@
+"""`settings_of(words, schema)`: key=value words of a command line as the fields of a dataclass."""
+
+from collections.abc import Callable
+from dataclasses import fields
+
+from lance_quant.errors import LanceQuantError
+
+
+def settings_of(arguments: list[str], schema: Callable) -> dict:
+    """Raises LanceQuantError for a word that is no field of the schema."""
+    known = {field.name: field.type for field in fields(schema)}
+    found = {}
+    for word in arguments:
+        key, equals, value = word.partition("=")
+        if not equals or key not in known:
+            raise LanceQuantError(f"'{word}' is no setting: take key=value of {', '.join(known)}")
+        found[key] = known[key](value)
+    return found

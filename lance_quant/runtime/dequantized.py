@@ -1,0 +1,141 @@
+"""`triton_dequant_cublas`: many rows of x by codes that become bf16 first, piece by piece or one linear ahead.
+
+    chunked(linear, x)                   # pieces into one buffer of the device, each multiplied at once
+    Ahead(linears, depth=1)              # the next linear's weight is made on a stream of its own meanwhile
+
+Pieces begin and end at multiples of 256 outputs: cuBLAS then finds whole tiles, and rows of the result start at 16
+bytes. One of 1,524 outputs, all that 32 MB hold of a down projection, threw it back to kernels of a third of the speed.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from math import ceil
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lance_quant.runtime.int4_linear import Int4Linear
+
+PIECE_ELEMENTS = 24 * 2**20  # at a time: 50 MB of bf16, about an H100's L2; half a gate and up, a whole down projection
+TILE = 256  # outputs
+ALIGNED = 8  # bf16 in 16 bytes
+BUFFERS = 4  # of `Ahead`: one for each linear of a layer, so that small ones need no room for large ones
+
+
+def pieces(outputs: int, inputs: int, elements: int | None = None) -> list[slice]:
+    """Outputs of a weight in even pieces of at most `elements` (by default PIECE_ELEMENTS), of whole tiles each.
+
+    A tile is never split, but where one alone is too large.
+    """
+    fit = (elements or PIECE_ELEMENTS) // inputs
+    unit = TILE if fit >= TILE else ALIGNED
+    most = max(unit, fit // unit * unit)
+    step = ceil(ceil(outputs / ceil(outputs / most)) / unit) * unit
+    return [slice(first, min(first + step, outputs)) for first in range(0, outputs, step)]
+
+
+def triton_dequant_cublas(linear: "Int4Linear", x: Tensor) -> Tensor:
+    """x bf16 [M, I] -> [M, O]."""
+    if linear.ahead is not None:
+        return torch.nn.functional.linear(x, linear.ahead.weight(linear), linear.bias)
+    return chunked(linear, x)
+
+
+def chunked(linear: "Int4Linear", x: Tensor, elements: int | None = None) -> Tensor:
+    """Piece by piece through one buffer of the device. Calls on two streams would share the buffer."""
+    parts = pieces(linear.out_features, linear.in_features, elements)
+    buffer = _buffer(x.device, max(elements or PIECE_ELEMENTS, (parts[0].stop - parts[0].start) * linear.in_features))
+    if len(parts) == 1:
+        return torch.nn.functional.linear(x, _dequantized(linear, parts[0], buffer), linear.bias)
+    out = x.new_empty(len(x), linear.out_features)
+    for rows in parts:
+        weight = _dequantized(linear, rows, buffer)
+        if linear.bias is None:
+            torch.mm(x, weight.T, out=out[:, rows])
+        else:
+            torch.addmm(linear.bias[rows], x, weight.T, out=out[:, rows])
+    return out
+
+
+def _dequantized(linear: "Int4Linear", rows: slice, buffer: Tensor) -> Tensor:
+    from lance_quant.runtime.kernels.dequantize import dequantize
+
+    count = rows.stop - rows.start
+    weight = buffer[: count * linear.in_features].view(count, linear.in_features)
+    return dequantize(linear.qweight[rows], linear.scales[rows], linear.zeros[rows], weight)
+
+
+def reserve(device: torch.device) -> None:
+    """Make the buffer of `chunked` now: one made while a graph is captured would belong to the graph."""
+    _buffer(device, PIECE_ELEMENTS)
+
+
+@cache
+def _buffer(device: torch.device, elements: int) -> Tensor:
+    return torch.empty(elements, dtype=torch.bfloat16, device=device)
+
+
+class Ahead:
+    """Weights in bf16 `depth` linears before they are multiplied, made on a stream of low priority.
+
+    1. A linear asks for its weight: it waits for what was begun, or has it made there and then.
+    2. Before it multiplies, the weight of the linear `depth` further on is begun. Its buffer was read last by a product
+       that lies before this point of the caller's stream.
+
+    Products of few tiles leave multiprocessors idle at their end, and there the next weight is made. Fork and join by
+    events, so that a graph can hold it; after the last linear nothing is under way. linears: in the order in which they
+    are multiplied, each pass from the first one on.
+    """
+
+    def __init__(self, linears: Sequence["Int4Linear"], depth: int = 1):
+        device = linears[0].qweight.device
+        self.linears, self.depth = list(linears), min(depth, BUFFERS - 1)
+        self.place = {id(linear): at for at, linear in enumerate(self.linears)}
+        turns = [self.linears[at::BUFFERS] for at in range(min(BUFFERS, len(self.linears)))]
+        sizes = [max(2 * each.qweight.numel() for each in turn) for turn in turns]
+        self.buffers = [torch.empty(size, dtype=torch.bfloat16, device=device) for size in sizes]
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.begun: dict[int, torch.cuda.Event | None] = {}
+
+    def weight(self, linear: "Int4Linear") -> Tensor:
+        """bf16 [O, I], until the BUFFERS-th linear from here asks for its own."""
+        at = self.place[id(linear)]
+        if at == 0:
+            self._forget()
+        if at in self.begun:
+            event = self.begun.pop(at)
+            if event is not None:
+                torch.cuda.current_stream().wait_event(event)
+        else:
+            self._make(at)
+        for following in range(at + 1, min(at + 1 + self.depth, len(self.linears))):
+            if following not in self.begun and self.linears[following].dense is None:
+                self._begin(following)
+        return self._view(at)
+
+    def _view(self, at: int) -> Tensor:
+        linear = self.linears[at]
+        shape = linear.out_features, linear.in_features
+        return self.buffers[at % BUFFERS][: shape[0] * shape[1]].view(shape)
+
+    def _make(self, at: int) -> None:
+        linear = self.linears[at]
+        _dequantized(linear, slice(0, linear.out_features), self.buffers[at % BUFFERS])
+
+    def _begin(self, at: int) -> None:
+        if self.stream is None:
+            self._make(at)
+            self.begun[at] = None
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self._make(at)
+        self.begun[at] = self.stream.record_event()
+
+    def _forget(self) -> None:
+        """What a pass that broke off has begun: its buffers may be written still."""
+        if self.begun and self.stream is not None:
+            self.stream.synchronize()
+        self.begun.clear()

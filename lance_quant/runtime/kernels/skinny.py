@@ -1,0 +1,157 @@
+"""`skinny`: y = x W' for 2 to 16 rows of x on tensor cores, reading the codes once and nothing else but x.
+
+    y = skinny(x, linear.packed, linear.bias)
+
+The tile of W stands on the left of each product, so that few rows of x pad a small side; the next tile is read while
+one is multiplied. Few outputs leave multiprocessors idle: `splits` share the inputs out and write their sums, and the
+last one to come adds all in order, so that a call gives the same bits every time.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lance_quant.runtime.kernels.dequantize import ONE, _weights
+from lance_quant.runtime.kernels.early import launched
+
+MOST_ROWS = 16
+
+
+@dataclass(frozen=True)
+class SkinnyConfig:
+    """A program makes block_o outputs (16, 32, 64, ...), block_w words of 8 inputs at a time (8, 16, 32, ...)."""
+
+    block_o: int = 32
+    block_w: int = 16
+    splits: int = 4
+    warps: int = 2
+    early: bool = False
+
+
+@triton.jit
+def _tile(x, qweight, scales, zeros, o, m, step, INPUTS: tl.constexpr, G: tl.constexpr, BLOCK_W: tl.constexpr,
+          WHOLE: tl.constexpr):  # fmt: skip
+    """Words, steps and zero points [O, BLOCK_W], and x [M, 8 * BLOCK_W]; beyond the inputs all is 0."""
+    w = step * BLOCK_W + tl.arange(0, BLOCK_W)
+    i = step * (BLOCK_W * 8) + tl.arange(0, BLOCK_W * 8)
+    at = o[:, None] * (INPUTS // 8) + w[None, :]
+    g = o[:, None] * (INPUTS // G) + (w // (G // 8))[None, :]
+    xs = x + m[:, None] * INPUTS + i[None, :]
+    if WHOLE:
+        return tl.load(qweight + at), tl.load(scales + g), tl.load(zeros + g), tl.load(xs)
+    else:
+        there = (w < INPUTS // 8)[None, :]
+        return (
+            tl.load(qweight + at, there, 0),
+            tl.load(scales + g, there, 0.0),
+            tl.load(zeros + g, there, 0),
+            tl.load(xs, (i < INPUTS)[None, :], 0.0),
+        )
+
+
+@triton.jit
+def _skinny(x, qweight, scales, zeros, bias, parts, tickets, out, rows, outputs, one, INPUTS: tl.constexpr,
+            G: tl.constexpr, BIAS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr,
+            BLOCK_W: tl.constexpr, DOT: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+    """parts float32 [SPLITS, BLOCK_M, outputs]; tickets int32 [tiles], 0 before and after."""
+    STEPS: tl.constexpr = (INPUTS // 8 + BLOCK_W - 1) // BLOCK_W
+    EACH: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
+    WHOLE: tl.constexpr = INPUTS // 8 % BLOCK_W == 0 and STEPS % SPLITS == 0
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    column = tile * BLOCK_O + tl.arange(0, BLOCK_O)
+    o = tl.minimum(column, outputs - 1)
+    row = tl.arange(0, BLOCK_M)
+    m = tl.minimum(row, rows - 1)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    acc = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
+    words, scale, zero, xs = _tile(x, qweight, scales, zeros, o, m, split * EACH, INPUTS, G, BLOCK_W, WHOLE)
+    for turn in tl.static_range(EACH):
+        now, step, shift, values = words, scale.to(tl.float32), zero.to(tl.float32), xs
+        if turn + 1 < EACH:  # under way while this tile is multiplied
+            following = split * EACH + turn + 1
+            words, scale, zero, xs = _tile(x, qweight, scales, zeros, o, m, following, INPUTS, G, BLOCK_W, WHOLE)
+        weight = tl.reshape(_weights(now, step * 128.0, step * (shift + 128.0), one), (BLOCK_O, BLOCK_W * 8))
+        acc = tl.dot(weight.to(DOT), tl.trans(values.to(DOT)), acc)
+    place = row[None, :] * outputs + column[:, None]
+    inside = (column < outputs)[:, None] & (row < rows)[None, :]
+    last = True
+    if SPLITS > 1:
+        tl.store(parts + split * BLOCK_M * outputs + place, acc, inside)
+        tl.debug_barrier()  # all threads' sums are written before one thread takes the ticket
+        last = tl.atomic_add(tickets + tile, 1, sem="acq_rel") == SPLITS - 1
+    if last:
+        if SPLITS > 1:
+            acc = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
+            for other in tl.static_range(SPLITS):
+                acc += tl.load(parts + other * BLOCK_M * outputs + place, inside, 0.0, cache_modifier=".cg")
+            tl.store(tickets + tile, 0)
+        if BIAS:
+            acc += tl.load(bias + o).to(tl.float32)[:, None]
+        tl.store(out + place, acc.to(out.dtype.element_ty), inside)
+
+
+@cache
+def _room(device: torch.device, floats: int, tiles: int) -> tuple[Tensor, Tensor]:
+    """Sums of the splits and the tiles' tickets, shared by all calls of a device's one stream."""
+    return torch.empty(floats, device=device), torch.zeros(tiles, dtype=torch.int32, device=device)
+
+
+FLOATS, TILES = 2**22, 2**14
+
+
+def reserve(device: torch.device) -> None:
+    """Make the shared memory now: made while a graph is captured it would belong to the graph."""
+    _room(device, FLOATS, TILES)
+
+
+# (rows, outputs, inputs) -> what `benchmarks/int4_kernels.py stage=tune` found fastest, for up to 8 and up to 16 rows
+TUNED: dict[tuple[int, int, int], SkinnyConfig] = {}
+
+
+def config_for(outputs: int, inputs: int, rows: int) -> SkinnyConfig:
+    """As tuned; else so that some four programs stand on each multiprocessor of an H100, which nobody has measured."""
+    tuned = TUNED.get((8 if rows <= 8 else 16, outputs, inputs))
+    if tuned is not None:
+        return tuned
+    block_o = 32 if outputs < 8192 else 64
+    splits = 1
+    while splits < 8 and triton.cdiv(outputs, block_o) * splits < 400 and inputs // (splits * 2) >= 256:
+        splits *= 2
+    return SkinnyConfig(block_o, 16, splits, 2 if block_o == 32 else 4)
+
+
+def skinny(
+    x: Tensor,
+    weight: tuple[Tensor, Tensor, Tensor],
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    config: SkinnyConfig | None = None,
+) -> Tensor:
+    """x bf16 [M, I], M at most MOST_ROWS, contiguous -> [M, O] in `out`'s float dtype, else bf16.
+
+    weight: qweight, scales, zeros; groups of a power of two, at least 8. Calls on two streams would share memory.
+    """
+    qweight, scales, zeros = weight
+    rows, inputs = x.shape
+    outputs = len(qweight)
+    config = config or config_for(outputs, inputs, rows)
+    if out is None:
+        out = torch.empty((rows, outputs), dtype=torch.bfloat16, device=x.device)
+    block_m = 16
+    tiles = triton.cdiv(outputs, config.block_o)
+    floats = config.splits * block_m * outputs
+    parts, tickets = _room(x.device, max(FLOATS, floats), max(TILES, tiles))
+    _skinny[(tiles, config.splits)](
+        x, qweight.view(torch.int32), scales, zeros, bias, parts, tickets, out, rows, outputs, ONE,
+        INPUTS=inputs, G=inputs // scales.shape[1], BIAS=bias is not None, SPLITS=config.splits, BLOCK_M=block_m,
+        BLOCK_O=config.block_o, BLOCK_W=config.block_w, DOT=tl.bfloat16 if x.is_cuda else tl.float32,
+        num_warps=config.warps, num_stages=1, **launched(config.early),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,73 @@
+"""Weights that become bf16 before they are multiplied: pieces of whole tiles, and the next one ahead of its turn."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported
+pytest.importorskip("triton")
+
+from lance_quant.runtime import dequantized  # noqa: E402
+from lance_quant.runtime.dequantized import PIECE_ELEMENTS, TILE, Ahead, chunked, pieces  # noqa: E402
+from lance_quant.runtime.measure import SHAPES  # noqa: E402
+from tests.random_int4 import distance, random_int4  # noqa: E402
+
+CLOSE = 6e-3  # a weight and a result rounded to bf16, where the interpreter cuts off instead
+
+
+@pytest.mark.parametrize("shape", [*SHAPES.values(), (1000, 2048), (7, 64), (520, 2**20)])
+@pytest.mark.parametrize("elements", [PIECE_ELEMENTS, 2**22])
+def test_pieces_are_whole_tiles_that_fit(shape, elements):
+    outputs, inputs = shape
+    parts = pieces(outputs, inputs, elements)
+    assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])] and parts[-1].stop == outputs
+    unit = TILE if elements // inputs >= TILE else 8
+    assert all(part.start % unit == 0 for part in parts)
+    assert all((part.stop - part.start) * inputs <= max(elements, unit * inputs) for part in parts)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_pieces_make_the_whole_product(bias):
+    linear, exact = random_int4(40, 64, 32, bias)
+    x = torch.randn(9, 64).bfloat16()
+    assert len(pieces(40, 64, 64 * 16)) == 3
+    assert distance(chunked(linear, x, 64 * 16), exact(x)) < CLOSE
+    assert distance(chunked(linear, x), exact(x)) < CLOSE
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_ahead_makes_each_weight_once_and_in_time(depth, monkeypatch):
+    shapes = [(96, 64), (64, 64), (128, 64), (64, 128)] * 3
+    linears = [random_int4(*shape, 32, seed=at)[0] for at, shape in enumerate(shapes)]
+    made, make = [], Ahead._make
+    monkeypatch.setattr(Ahead, "_make", lambda self, at: (made.append(at), make(self, at))[1])
+    ahead = Ahead(linears, depth)
+    for _ in range(2):
+        for at, linear in enumerate(linears):
+            weight = ahead.weight(linear)
+            assert made[-1] == min(at + depth, len(linears) - 1)
+            close = weight.float() - linear.weight(torch.float32)
+            assert close.abs().max() <= weight.float().abs().max() / 128
+        assert made == list(range(len(linears))) and not ahead.begun
+        made.clear()
+
+
+def test_ahead_leaves_a_kept_weight_alone_and_starts_anew_after_a_pass_broke_off():
+    linears = [random_int4(64, 64, 32, seed=at)[0] for at in range(5)]
+    linears[1].keep_dense()
+    ahead = Ahead(linears, 1)
+    ahead.weight(linears[0])
+    assert not ahead.begun
+    ahead.weight(linears[2])
+    assert list(ahead.begun) == [3]
+    ahead.weight(linears[0])
+    assert not ahead.begun
+
+
+def test_a_linear_takes_its_weight_from_ahead():
+    linear, exact = random_int4(64, 64, 32, bias=True)
+    linear.ahead = Ahead([linear], 1)
+    x = torch.randn(5, 64).bfloat16()
+    assert distance(dequantized.triton_dequant_cublas(linear, x), exact(x)) < CLOSE
