@@ -4,7 +4,8 @@ Columns go in the order of their second moment, the largest first, each against 
 had from the start: the stored layout does not know of the order.
 """
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
@@ -14,6 +15,23 @@ from lance_quant.awq.rounding import Draft
 
 COLUMNS = 128  # updated at once; what follows is updated when they are done
 MOST_DAMPING = 1e6
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A block of columns, as rows. latent, step, zero, fixed: [C, O], latent becomes what each column was when it was
+    rounded; exact: what `fixed` entries stay, None where there are none; onward: [C, C], what an error takes off later
+    columns; share: [C], 1 / its diagonal.
+    """
+
+    latent: Tensor
+    exact: Tensor | None
+    fixed: Tensor
+    step: Tensor
+    zero: Tensor
+    onward: Tensor
+    share: Tensor
+    top: int
 
 
 def inverse_factor(moments: Tensor, damping: float) -> Tensor:
@@ -55,10 +73,8 @@ def compensate(made: Draft, moments: Tensor, damping: float) -> Draft:
     for start in range(0, len(columns), COLUMNS):
         at = slice(start, min(start + COLUMNS, len(columns)))
         held = None if exact is None else exact[at]
-        errors = through(
-            columns[at], held, fixed[at], step[at], zero[at], factor[at, at], share[at], made.grid.top
-        )  # fmt: skip
-        columns[at.stop :].addmm_(factor[at, at.stop :].T, errors, alpha=-1)
+        block = Columns(columns[at], held, fixed[at], step[at], zero[at], factor[at, at], share[at], made.grid.top)
+        columns[at.stop :].addmm_(factor[at, at.stop :].T, through(block), alpha=-1)
     latent = torch.empty_like(columns)
     latent[order] = columns
     return replace(made, latent=latent.T.contiguous())
@@ -68,7 +84,7 @@ def on_triton(x: Tensor) -> bool:
     return x.is_cuda and find_spec("triton") is not None
 
 
-def block_of(x: Tensor):
+def block_of(x: Tensor) -> Callable[[Columns], Tensor]:
     """`compensate_block`, one kernel where there is a GPU."""
     if not on_triton(x):
         return compensate_block
@@ -77,20 +93,15 @@ def block_of(x: Tensor):
     return kernels.compensate_block
 
 
-def compensate_block(
-    block: Tensor, exact: Tensor | None, fixed: Tensor, step: Tensor, zero: Tensor, onward: Tensor, share: Tensor, top: int
-) -> Tensor:  # fmt: skip
-    """Round a block of columns one after another; returns the errors that they pass on, each times its share.
-
-    block, step, zero, fixed: [C, O], block becomes what each column was when it was rounded; exact: what `fixed` entries
-    stay, None where there are none; onward: [C, C], what an error takes off later columns; share: [C].
-    """
-    errors = torch.empty_like(block)
-    parts = zip(*(part.unbind() for part in (block, errors, step, zero, onward)), share.tolist(), strict=True)
+def compensate_block(block: Columns) -> Tensor:
+    """Round a block of columns one after another; returns the errors that they pass on [C, O], each times its share."""
+    errors = torch.empty_like(block.latent)
+    parts = (block.latent, errors, block.step, block.zero, block.onward)
+    parts = zip(*(part.unbind() for part in parts), block.share.tolist(), strict=True)
     for at, (column, error, size, origin, onto, part) in enumerate(parts):
-        if exact is not None:
-            column.copy_(torch.where(fixed[at], exact[at], column))
-        code = torch.addcdiv(origin, column, size).round_().clamp_(0, top).sub_(origin)
+        if block.exact is not None:
+            column.copy_(torch.where(block.fixed[at], block.exact[at], column))
+        code = torch.addcdiv(origin, column, size).round_().clamp_(0, block.top).sub_(origin)
         torch.addcmul(column, code, size, value=-1, out=error).mul_(part)
-        block[at + 1 :].addr_(onto[at + 1 :], error, alpha=-1)
+        block.latent[at + 1 :].addr_(onto[at + 1 :], error, alpha=-1)
     return errors

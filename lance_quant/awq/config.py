@@ -29,9 +29,10 @@ class RecipeConfig:
     clip: "none", one pair of shares for a "linear", or for each "group" of each row (`clip.CLIPS`); clip_steps: shares
     tried of each end, from 1 down to clip_least.
     rounding: in this order, each starting from the one before: "nearest", "gptq" (errors made up for by later columns;
-    damping: share of the mean second moment; descent: passes over what came out, see `descend`), "residual" (down_proj, compensated, makes up for the other linears),
-    "learned" (on the kept sequences: learned_steps steps of about learned_tokens tokens; learned_rate, range_rate:
-    first step of offsets, in codes, and of the ends of ranges, in shares).
+    damping: share of the mean second moment; descent: passes over what came out, see `descend.py`), "residual"
+    (down_proj, compensated, makes up for the other linears), "learned" (on the kept sequences: learned_steps steps of
+    about learned_tokens tokens; learned_rate, range_rate: first step of offsets, in codes, and of the ends of ranges,
+    in shares).
     sequential: the states that enter a layer's kept sequences are those that the layers before, rounded, make of them;
     what should come out stays the float model's. Layers then follow one another instead of fanning out.
     """
@@ -93,7 +94,7 @@ class RecipeConfig:
             raise LanceQuantError(f"recipe {self.name}: clip={self.clip} keeps 0 in range: set zero_in_range=true")
         between = {"heldout": (0, 0.5), "clip_least": (0.1, 1), "damping": (1e-6, 1e3)}
         between |= {"learned_rate": (0, 0.5), "range_rate": (0, 0.5), "clip_steps": (2, 64)}
-        between |= {"learned_steps": (1, 1e5), "learned_tokens": (1, 1e7)}
+        between |= {"learned_steps": (1, 1e5), "learned_tokens": (1, 1e7), "descent": (0, 100)}
         for name, (low, high) in between.items():
             if not low <= getattr(self, name) <= high:
                 raise LanceQuantError(

@@ -6,13 +6,33 @@ every column is rounded anew against what all the others came to be, group by gr
 and zero point were fitted to its codes. Every move lowers the error; a pass that moves nothing ends it.
 """
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lance_quant.awq.compensate import on_triton
 from lance_quant.awq.rounding import Draft
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group's columns, as rows.
+
+    codes, change (of the weight): [G, O], updated, as step and zero are: [O]; slope: half the gradient of the error
+    [G, O]; free: 1.0, or 0.0 where nothing may move [O]; within: second moments [G, G]; pull: 1 / their diagonal [G].
+    """
+
+    codes: Tensor
+    change: Tensor
+    slope: Tensor
+    step: Tensor
+    zero: Tensor
+    free: Tensor
+    within: Tensor
+    pull: Tensor
+    top: int
 
 
 def descend(made: Draft, wanted: Tensor, moments: Tensor, damping: float, passes: int) -> Draft:
@@ -38,9 +58,10 @@ def descend(made: Draft, wanted: Tensor, moments: Tensor, damping: float, passes
         for group in range(len(step)):
             at = slice(group * size, (group + 1) * size)
             within, slope = damped[at, at], damped[at] @ change
-            _fit_step(codes[at] - zero[group], change[at], slope, step[group], free[group], within)
-            _fit_zero(change[at], slope, step[group], zero[group], free[group], within, top)
-            through(codes[at], change[at], slope, step[group], free[group], within, pull[at], top)
+            held = Group(codes[at], change[at], slope, step[group], zero[group], free[group], within, pull[at], top)
+            _fit_step(held)
+            _fit_zero(held)
+            through(held)
         if torch.equal(before, codes):
             break
     latent = _values(codes, step, zero).T.contiguous()
@@ -52,34 +73,33 @@ def _values(codes: Tensor, step: Tensor, zero: Tensor) -> Tensor:
     return ((codes.view(len(step), -1, codes.shape[1]) - zero[:, None]) * step[:, None]).view(codes.shape)
 
 
-def _fit_step(steps: Tensor, change: Tensor, slope: Tensor, step: Tensor, free: Tensor, within: Tensor) -> None:
-    """The step [O] of a group to the least error, as bf16; steps: code - zero point [G, O]."""
-    push = within @ steps
-    along, curve = (steps * slope).sum(0), (steps * push).sum(0)
-    better = (step - along / curve.clamp(min=1e-30)).to(torch.bfloat16).float()
-    delta = better - step
+def _fit_step(group: Group) -> None:
+    """The step to the least error, as bf16."""
+    steps = group.codes - group.zero
+    push = group.within @ steps
+    along, curve = (steps * group.slope).sum(0), (steps * push).sum(0)
+    better = (group.step - along / curve.clamp(min=1e-30)).to(torch.bfloat16).float()
+    delta = better - group.step
     gain = (2 * along + delta * curve) * delta
-    delta = torch.where((gain < 0) & (better > 0), delta * free, 0.0)
-    step += delta
-    change.addcmul_(steps, delta)
-    slope.addcmul_(push, delta)
+    delta = torch.where((gain < 0) & (better > 0), delta * group.free, 0.0)
+    group.step.add_(delta)
+    group.change.addcmul_(steps, delta)
+    group.slope.addcmul_(push, delta)
 
 
-def _fit_zero(
-    change: Tensor, slope: Tensor, step: Tensor, zero: Tensor, free: Tensor, within: Tensor, top: int
-) -> None:
-    """The zero point [O] of a group one up or down, where that helps."""
-    push = within.sum(1, keepdim=True)
-    along, curve = slope.sum(0), push.sum()
-    moved = (zero + along.sign()).clamp(0, top) - zero
-    gain = step * (step * curve - 2 * along.abs())
-    moved = torch.where(gain < 0, moved * free, 0.0)
-    zero += moved
-    change -= moved * step
-    slope -= push * (moved * step)
+def _fit_zero(group: Group) -> None:
+    """The zero point one up or down, where that helps."""
+    push = group.within.sum(1, keepdim=True)
+    along, curve = group.slope.sum(0), push.sum()
+    moved = (group.zero + along.sign()).clamp(0, group.top) - group.zero
+    gain = group.step * (group.step * curve - 2 * along.abs())
+    moved = torch.where(gain < 0, moved * group.free, 0.0)
+    group.zero.add_(moved)
+    group.change.sub_(moved * group.step)
+    group.slope.sub_(push * (moved * group.step))
 
 
-def block_of(x: Tensor):
+def block_of(x: Tensor) -> Callable[[Group], None]:
     """`descend_block`, one kernel where there is a GPU."""
     if not on_triton(x):
         return descend_block
@@ -88,18 +108,13 @@ def block_of(x: Tensor):
     return kernels.descend_block
 
 
-def descend_block(
-    codes: Tensor, change: Tensor, slope: Tensor, step: Tensor, free: Tensor, within: Tensor, pull: Tensor, top: int
-) -> None:
-    """Each column of a group in turn to the code of least error.
-
-    codes, change (of the weight), slope (half the gradient of the error): [G, O], the first two are updated; step, free
-    (1.0, or 0.0 where nothing may move): [O]; within: second moments [G, G]; pull: 1 / their diagonal.
-    """
-    for column, share in enumerate(pull.tolist()):
-        moved = torch.addcdiv(codes[column], slope[column], step, value=-share)
-        moved = moved.round_().clamp_(0, top).sub_(codes[column]).mul_(free)
-        codes[column] += moved
-        moved *= step
-        change[column] += moved
-        slope[column + 1 :].addr_(within[column + 1 :, column], moved)
+def descend_block(group: Group) -> None:
+    """Each column of a group in turn to the code of least error."""
+    for column, share in enumerate(group.pull.tolist()):
+        code, slope = group.codes[column], group.slope[column]
+        moved = torch.addcdiv(code, slope, group.step, value=-share)
+        moved = moved.round_().clamp_(0, group.top).sub_(code).mul_(group.free)
+        code += moved
+        moved *= group.step
+        group.change[column] += moved
+        group.slope[column + 1 :].addr_(group.within[column + 1 :, column], moved)

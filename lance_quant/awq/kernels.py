@@ -10,6 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lance_quant.awq.compensate import Columns
+from lance_quant.awq.descend import Group
+
 OUT = 16  # output rows of a program
 HALF = tl.constexpr(12582912.0)  # 1.5 * 2^23: added and taken off again, it rounds half to even
 
@@ -44,16 +47,15 @@ def _compensate(
         passed = tl.where(before[:, None] == column, error[None, :], passed)
 
 
-def compensate_block(
-    block: Tensor, exact: Tensor | None, fixed: Tensor, step: Tensor, zero: Tensor, onward: Tensor, share: Tensor, top: int
-) -> Tensor:  # fmt: skip
+def compensate_block(block: Columns) -> Tensor:
     """As `compensate.compensate_block`."""
-    count, outputs = block.shape
-    errors = torch.empty_like(block)
-    holds = exact is not None
+    count, outputs = block.latent.shape
+    errors = torch.empty_like(block.latent)
+    holds = block.exact is not None
+    exact, fixed = (block.exact, block.fixed.contiguous()) if holds else (block.latent, block.latent)
     _compensate[(triton.cdiv(outputs, OUT),)](
-        block, exact if holds else block, fixed.contiguous() if holds else block, step.contiguous(), zero.contiguous(),
-        onward.contiguous(), share.contiguous(), errors, count, outputs, float(top),
+        block.latent, exact, fixed, block.step.contiguous(), block.zero.contiguous(), block.onward.contiguous(),
+        block.share.contiguous(), errors, count, outputs, float(block.top),
         HOLDS=holds, COUNT=triton.next_power_of_2(count), OUT=OUT, num_warps=1,
     )  # fmt: skip
     return errors
@@ -81,12 +83,10 @@ def _descend(
         passed = tl.where(before[:, None] == column, delta[None, :], passed)
 
 
-def descend_block(
-    codes: Tensor, change: Tensor, slope: Tensor, step: Tensor, free: Tensor, within: Tensor, pull: Tensor, top: int
-) -> None:
+def descend_block(group: Group) -> None:
     """As `descend.descend_block`."""
-    count, outputs = codes.shape
+    count, outputs = group.codes.shape
     _descend[(triton.cdiv(outputs, OUT),)](
-        codes, change, slope, step, free, within.contiguous(), pull, count, outputs, float(top),
-        COUNT=triton.next_power_of_2(count), OUT=OUT, num_warps=1,
+        group.codes, group.change, group.slope, group.step, group.free, group.within.contiguous(), group.pull,
+        count, outputs, float(group.top), COUNT=triton.next_power_of_2(count), OUT=OUT, num_warps=1,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from torch import nn
 from lance_quant.model.attention import Span, attend
 from lance_quant.model.cache import KVCache
 from lance_quant.model.config import LanceConfig
+from lance_quant.model.linear import Linear
 from lance_quant.model.rotary import frequencies_on, rotary_tables, rotate
 from lance_quant.model.routing import Routing, Twin
 
@@ -48,8 +49,8 @@ class Attention(nn.Module):
         hidden, query, value = config.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
         for suffix in ("", "_moe_gen"):
             for leaf, rows in (("q_proj", query), ("k_proj", value), ("v_proj", value)):
-                self.add_module(leaf + suffix, nn.Linear(hidden, rows, bias=config.attention_bias))
-            self.add_module("o_proj" + suffix, nn.Linear(query, hidden, bias=False))
+                self.add_module(leaf + suffix, Linear(hidden, rows, bias=config.attention_bias))
+            self.add_module("o_proj" + suffix, Linear(query, hidden, bias=False))
             for leaf in ("q_norm", "k_norm"):
                 norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
                 self.add_module(leaf + suffix, norm)
@@ -83,9 +84,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: LanceConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -188,4 +189,4 @@ class LanguageModel(nn.Module):
     def __init__(self, config: LanceConfig):
         super().__init__()
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -27,11 +27,12 @@ def test_compensate_block(holds, count, outputs):
     onward, share = random(count, count).triu() / 8, random(count).abs()
     fixed = torch.rand(count, outputs, device=DEVICE) < 0.2
     exact = random(count, outputs) if holds else None
-    ours, theirs = block.clone(), block.clone()
-    errors = kernels.compensate_block(ours, exact, fixed, step, zero, onward, share, 15)
-    wanted = compensate.compensate_block(theirs, exact, fixed, step, zero, onward, share, 15)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(errors, wanted, rtol=1e-4, atol=1e-5)
+    rest = exact, fixed, step, zero, onward, share, 15
+    ours, theirs = compensate.Columns(block.clone(), *rest), compensate.Columns(block.clone(), *rest)
+    torch.testing.assert_close(
+        kernels.compensate_block(ours), compensate.compensate_block(theirs), rtol=1e-4, atol=1e-5
+    )  # fmt: skip
+    torch.testing.assert_close(ours.latent, theirs.latent, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("count, outputs", [(32, 40), (24, 7)])
@@ -41,11 +42,11 @@ def test_descend_block(count, outputs):
     x = random(100, count)
     within = x.T @ x
     change = random(count, outputs) / 8
-    state = [codes, change, within @ change]
-    ours, theirs = [part.clone() for part in state], [part.clone() for part in state]
-    rest = step, free, within, within.diagonal().reciprocal(), 15
-    kernels.descend_block(*ours, *rest)
-    descend.descend_block(*theirs, *rest)
-    assert not torch.equal(theirs[0], codes)
-    torch.testing.assert_close(ours[0], theirs[0])
-    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-4, atol=1e-5)
+    state = codes, change, within @ change
+    rest = step, torch.zeros_like(step), free, within, within.diagonal().reciprocal(), 15
+    ours, theirs = (descend.Group(*(part.clone() for part in state), *rest) for _ in range(2))
+    kernels.descend_block(ours)
+    descend.descend_block(theirs)
+    assert not torch.equal(theirs.codes, codes)
+    torch.testing.assert_close(ours.codes, theirs.codes)
+    torch.testing.assert_close(ours.change, theirs.change, rtol=1e-4, atol=1e-5)
