@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from lance_quant.runtime.int4_linear import Int4Linear
 
 GEMV_ROWS = 4
-SKINNY_ROWS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,16 +68,10 @@ def triton_gemv(linear: "Int4Linear", x: Tensor) -> Tensor:
     return gemv(x.contiguous(), linear.packed, linear.bias)
 
 
-def triton_skinny(linear: "Int4Linear", x: Tensor) -> Tensor:
-    from lance_quant.runtime.kernels.skinny import skinny
-
-    return skinny(x.contiguous(), linear.packed, linear.bias)
-
-
 def triton_gemm(linear: "Int4Linear", x: Tensor) -> Tensor:
     from lance_quant.runtime.kernels.gemm import gemm
 
-    return gemm(x.contiguous(), linear.qweight, linear.scales, linear.zeros, linear.bias)
+    return gemm(x.contiguous(), linear.packed, linear.bias)
 
 
 def dense(linear: "Int4Linear", x: Tensor) -> Tensor:
@@ -90,9 +83,9 @@ def reserve(device: torch.device) -> None:
     """Make the memory that a GPU's backends share now: made while a graph is captured, it would belong to the graph."""
     dequantized.reserve(device)
     if has_triton():
-        from lance_quant.runtime.kernels import skinny
+        from lance_quant.runtime.kernels import gemm
 
-        skinny.reserve(device)
+        gemm.reserve(device)
 
 
 @cache
@@ -119,13 +112,6 @@ BACKENDS = {
     for backend in (
         Backend(
             name="triton_gemv", run=triton_gemv, serves_linear=_triton_serves, devices=("cuda",), most_rows=GEMV_ROWS
-        ),
-        Backend(
-            name="triton_skinny",
-            run=triton_skinny,
-            serves_linear=_triton_serves,
-            devices=("cuda",),
-            most_rows=SKINNY_ROWS,
         ),
         Backend(name="triton_gemm", run=triton_gemm, serves_linear=_triton_serves, devices=("cuda",)),
         Backend(

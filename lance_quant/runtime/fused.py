@@ -39,7 +39,7 @@ class SideBySide(nn.Module):
 
 def one_product(linears: Sequence[nn.Module]) -> nn.Module:
     """Linears of one input as one, their outputs in order."""
-    if all(type(linear) is nn.Linear for linear in linears):
+    if all(isinstance(linear, nn.Linear) for linear in linears):
         return _one_linear(linears)
     if all(isinstance(linear, Int4Linear) and linear.terms is None for linear in linears):
         if len({linear.group_size for linear in linears}) == 1:

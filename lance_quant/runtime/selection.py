@@ -53,7 +53,6 @@ class Int4Config:
 BUILT_IN = {
     "cuda": (
         Choice(4, "triton_gemv"),
-        Choice(16, "triton_skinny"),
         Choice(64, "triton_gemm"),
         Choice(None, "triton_dequant_cublas"),
     ),

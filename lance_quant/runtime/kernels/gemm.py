@@ -1,127 +1,159 @@
-"""`gemm`: y = x W' on tensor cores, codes dequantized on the way: for rows beyond the GEMV's, up to a few hundred.
+"""`gemm`: y = x W' for 2 to some hundred rows of x on tensor cores, codes becoming weights on the way.
 
-    y = gemm(x, linear.qweight, linear.scales, linear.zeros, linear.bias)
+    y = gemm(x, linear.packed, linear.bias)
 
-The tile of W stands on the left of each product, so that few rows of x pad a small side. Few outputs leave
-multiprocessors idle: `splits` share the inputs of a tile out, and a second kernel adds their sums in order, the same
-to the bit at every call.
+The tile of W stands on the left of each product, so that few rows of x pad a small side; the next tile is read while
+one is multiplied. Few outputs leave multiprocessors idle: `splits` share the inputs out and write their sums, and the
+last one to come adds all in order, so that a call gives the same bits every time.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lance_quant.runtime.kernels.dequantize import ONE, _weights
+from lance_quant.runtime.kernels.early import launched
+
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """A program makes block_o outputs of block_m rows, block_i inputs at a time (no less than a group)."""
+    """A program makes block_o outputs (16, 32, 64, ...) of block_m rows (16, 32, ...), block_w words of 8 inputs at a
+    time (8, 16, 32, ...)."""
 
+    block_o: int = 32
+    block_w: int = 16
+    splits: int = 4
+    warps: int = 2
     block_m: int = 16
-    block_o: int = 64
-    block_i: int = 128
-    splits: int = 1
-    warps: int = 4
-    stages: int = 4
+    early: bool = False
 
 
 @triton.jit
-def _gemm(x, qweight, scales, zeros, bias, out, rows, outputs, INPUTS: tl.constexpr, G: tl.constexpr,
-          BIAS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr,
-          BLOCK_I: tl.constexpr):  # fmt: skip
-    """out [rows, outputs], or float32 [SPLITS, rows, outputs]."""
-    GROUPS: tl.constexpr = INPUTS // G
-    BLOCK_G: tl.constexpr = BLOCK_I // G
-    STEPS: tl.constexpr = (INPUTS + BLOCK_I - 1) // BLOCK_I
+def _tile(x, qweight, scales, zeros, o, m, step, INPUTS: tl.constexpr, G: tl.constexpr, BLOCK_W: tl.constexpr,
+          WHOLE: tl.constexpr):  # fmt: skip
+    """Words, steps and zero points [O, BLOCK_W], and x [M, 8 * BLOCK_W]; beyond the inputs all is 0."""
+    w = step * BLOCK_W + tl.arange(0, BLOCK_W)
+    i = step * (BLOCK_W * 8) + tl.arange(0, BLOCK_W * 8)
+    at = o[:, None] * (INPUTS // 8) + w[None, :]
+    g = o[:, None] * (INPUTS // G) + (w // (G // 8))[None, :]
+    xs = x + m[:, None] * INPUTS + i[None, :]
+    if WHOLE:
+        return tl.load(qweight + at), tl.load(scales + g), tl.load(zeros + g), tl.load(xs)
+    else:
+        there = (w < INPUTS // 8)[None, :]
+        return (
+            tl.load(qweight + at, there, 0),
+            tl.load(scales + g, there, 0.0),
+            tl.load(zeros + g, there, 0),
+            tl.load(xs, (i < INPUTS)[None, :], 0.0),
+        )
+
+
+@triton.jit
+def _gemm(x, qweight, scales, zeros, bias, parts, tickets, out, rows, outputs, one, INPUTS: tl.constexpr,
+            G: tl.constexpr, BIAS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr,
+            BLOCK_W: tl.constexpr, DOT: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+    """parts float32 [SPLITS, rows, outputs]; tickets int32 [tiles], 0 before and after."""
+    STEPS: tl.constexpr = (INPUTS // 8 + BLOCK_W - 1) // BLOCK_W
     EACH: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
-    blocks_m = tl.cdiv(rows, BLOCK_M)
-    row = (tl.program_id(0) % blocks_m) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = (tl.program_id(0) // blocks_m) * BLOCK_O + tl.arange(0, BLOCK_O)
+    WHOLE: tl.constexpr = INPUTS // 8 % BLOCK_W == 0 and STEPS % SPLITS == 0
+    tile = tl.program_id(0)
     split = tl.program_id(1)
-    m = tl.minimum(row, rows - 1)
+    blocks_m = tl.cdiv(rows, BLOCK_M)  # they lie side by side, so that their weights are read once from memory
+    row = (tile % blocks_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = (tile // blocks_m) * BLOCK_O + tl.arange(0, BLOCK_O)
     o = tl.minimum(column, outputs - 1)
+    m = tl.minimum(row, rows - 1)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    one += tl.program_id(2)  # 0: an argument alone would be read anew for every code
     acc = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
-    for turn in range(EACH):
-        step = split * EACH + turn
-        at = step * (BLOCK_I // 2) + tl.arange(0, BLOCK_I // 2)
-        i = step * BLOCK_I + tl.arange(0, BLOCK_I)
-        g = step * BLOCK_G + tl.arange(0, BLOCK_G)
-        packed_at = qweight + o[:, None] * (INPUTS // 2) + at[None, :]
-        group_at = o[:, None] * GROUPS + g[None, :]
-        if INPUTS % BLOCK_I == 0 and STEPS % SPLITS == 0:
-            packed = tl.load(packed_at)
-            values = tl.load(x + m[:, None] * INPUTS + i[None, :])
-            scale = tl.load(scales + group_at).to(tl.float32)
-            zero = tl.load(zeros + group_at).to(tl.float32)
-        else:
-            packed = tl.load(packed_at, mask=(at < INPUTS // 2)[None, :], other=0)
-            values = tl.load(x + m[:, None] * INPUTS + i[None, :], mask=(i < INPUTS)[None, :], other=0)
-            scale = tl.load(scales + group_at, mask=(g < GROUPS)[None, :], other=0).to(tl.float32)
-            zero = tl.load(zeros + group_at, mask=(g < GROUPS)[None, :], other=0).to(tl.float32)
-        packed = tl.reshape(packed, (BLOCK_O, BLOCK_G, G // 2))
-        low = ((packed & 15).to(tl.float32) - zero[:, :, None]) * scale[:, :, None]
-        high = ((packed >> 4).to(tl.float32) - zero[:, :, None]) * scale[:, :, None]
-        weight = tl.reshape(tl.join(low.to(values.dtype), high.to(values.dtype)), (BLOCK_O, BLOCK_I))
-        acc = tl.dot(weight, tl.trans(values), acc)
-    if BIAS:
-        acc += tl.load(bias + o).to(tl.float32)[:, None]
-    there = (column < outputs)[:, None] & (row < rows)[None, :]
-    at = (split * rows + row).to(tl.int64)[None, :] * outputs + column[:, None]
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=there)
+    words, scale, zero, xs = _tile(x, qweight, scales, zeros, o, m, split * EACH, INPUTS, G, BLOCK_W, WHOLE)
+    for turn in tl.static_range(EACH):
+        now, step, shift, values = words, scale.to(tl.float32), zero.to(tl.float32), xs
+        if turn + 1 < EACH:  # under way while this tile is multiplied
+            following = split * EACH + turn + 1
+            words, scale, zero, xs = _tile(x, qweight, scales, zeros, o, m, following, INPUTS, G, BLOCK_W, WHOLE)
+        weight = tl.reshape(_weights(now, step * 128.0, step * (shift + 128.0), one), (BLOCK_O, BLOCK_W * 8))
+        acc = tl.dot(weight.to(DOT), tl.trans(values.to(DOT)), acc)
+    place = row[None, :] * outputs + column[:, None]
+    inside = (column < outputs)[:, None] & (row < rows)[None, :]
+    last = True
+    if SPLITS > 1:
+        tl.store(parts + split * rows * outputs + place, acc, inside)
+        tl.debug_barrier()  # all threads' sums are written before one thread takes the ticket
+        last = tl.atomic_add(tickets + tile, 1, sem="acq_rel") == SPLITS - 1
+    if last:
+        if SPLITS > 1:
+            acc = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
+            for other in tl.static_range(SPLITS):
+                acc += tl.load(parts + other * rows * outputs + place, inside, 0.0, cache_modifier=".cg")
+            tl.store(tickets + tile, 0)
+        if BIAS:
+            acc += tl.load(bias + o).to(tl.float32)[:, None]
+        tl.store(out + place, acc.to(out.dtype.element_ty), inside)
 
 
-@triton.jit
-def _add_splits(parts, bias, out, rows, outputs, BIAS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(1)
-    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    there = o < outputs
-    total = tl.zeros((BLOCK,), tl.float32)
-    for split in tl.static_range(SPLITS):
-        total += tl.load(parts + (split * rows + row) * outputs + o, mask=there, other=0)
-    if BIAS:
-        total += tl.load(bias + o, mask=there, other=0).to(tl.float32)
-    tl.store(out + row * outputs + o, total.to(out.dtype.element_ty), mask=there)
+FLOATS, TILES = 2**22, 2**14  # what is not split when it needs more
+
+
+@cache
+def _room(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Sums of the splits and the tiles' tickets, shared by all calls of a device's one stream."""
+    return torch.empty(FLOATS, device=device), torch.zeros(TILES, dtype=torch.int32, device=device)
+
+
+def reserve(device: torch.device) -> None:
+    """Make the shared memory now: made while a graph is captured it would belong to the graph."""
+    _room(device)
+
+
+# (rows, outputs, inputs) -> what `benchmarks/int4_kernels.py stage=tune` found fastest, for up to 8, 16, 32, ... rows
+TUNED: dict[tuple[int, int, int], GemmConfig] = {}
 
 
 def config_for(outputs: int, inputs: int, rows: int) -> GemmConfig:
-    """A starting point for an H100; `selection` knows better once it has measured."""
-    if rows > 64:
-        return GemmConfig(128, 128, 64, 1, 8, 3)
-    block_m = max(16, triton.next_power_of_2(rows))
-    block_o, warps = (32, 2) if rows <= 16 else (64, 4)
-    splits = min(8, max(1, 528 // triton.cdiv(outputs, block_o)), max(1, inputs // 512))
-    return GemmConfig(block_m, block_o, 128, splits, warps, 4)
+    """As tuned; else so that some four programs stand on each multiprocessor of an H100, which nobody has measured."""
+    tuned = TUNED.get((max(8, triton.next_power_of_2(rows)), outputs, inputs))
+    if tuned is not None:
+        return tuned
+    block_m = max(16, min(64, triton.next_power_of_2(rows)))
+    block_o = 32 if outputs < 8192 and rows <= 16 else 64
+    splits = 1
+    while splits < 8 and triton.cdiv(outputs, block_o) * splits < 400 and inputs // (splits * 2) >= 256:
+        splits *= 2
+    return GemmConfig(block_o, 16, splits, 2 if block_o == 32 else 4, block_m)
 
 
 def gemm(
     x: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
+    weight: tuple[Tensor, Tensor, Tensor],
     bias: Tensor | None = None,
     out: Tensor | None = None,
     config: GemmConfig | None = None,
 ) -> Tensor:
-    """x bf16 [M, I], contiguous -> [M, O] in `out`'s float dtype, else bf16. Groups of a power of two."""
+    """x bf16 [M, I], contiguous -> [M, O] in `out`'s float dtype, else bf16.
+
+    weight: qweight, scales, zeros; groups of a power of two, at least 8. Calls on two streams would share memory.
+    """
+    qweight, scales, zeros = weight
     rows, inputs = x.shape
     outputs = len(qweight)
-    group = inputs // scales.shape[1]
     config = config or config_for(outputs, inputs, rows)
-    block_i = max(config.block_i, group)
     if out is None:
-        out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
-    split = config.splits > 1
-    sums = torch.empty((config.splits, rows, outputs), dtype=torch.float32, device=x.device) if split else out
-    tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(outputs, config.block_o)
-    _gemm[(tiles, config.splits)](
-        x, qweight, scales, zeros, bias, sums, rows, outputs,
-        INPUTS=inputs, G=group, BIAS=bias is not None and not split, SPLITS=config.splits, BLOCK_M=config.block_m,
-        BLOCK_O=config.block_o, BLOCK_I=block_i, num_warps=config.warps, num_stages=config.stages,
+        out = torch.empty((rows, outputs), dtype=torch.bfloat16, device=x.device)
+    tiles = triton.cdiv(outputs, config.block_o) * triton.cdiv(rows, config.block_m)
+    splits = config.splits if config.splits * rows * outputs <= FLOATS and tiles <= TILES else 1
+    parts, tickets = _room(x.device)
+    _gemm[(tiles, splits)](
+        x, qweight.view(torch.int32), scales, zeros, bias, parts, tickets, out, rows, outputs, ONE,
+        INPUTS=inputs, G=inputs // scales.shape[1], BIAS=bias is not None, SPLITS=splits, BLOCK_M=config.block_m,
+        BLOCK_O=config.block_o, BLOCK_W=config.block_w, DOT=tl.bfloat16 if x.is_cuda else tl.float32,
+        num_warps=config.warps, num_stages=1, **launched(config.early),
     )  # fmt: skip
-    if split:
-        _add_splits[(triton.cdiv(outputs, 512), rows)](
-            sums, bias, out, rows, outputs, BIAS=bias is not None, SPLITS=config.splits, BLOCK=512
-        )
     return out
