@@ -1,6 +1,6 @@
 """`lessons`: what a layer should put out for its kept sequences, and what each token of them counts.
 
-Inputs and targets are the float model's, so that a layer knows nothing of the others.
+Targets are the float model's; inputs are too, except in sequential recipes, where the rounded layers before enter.
 """
 
 from collections.abc import Iterator, Sequence

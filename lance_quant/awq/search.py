@@ -297,6 +297,7 @@ def read_inputs(job: LayerJob, tensors: dict[str, Tensor], device: str) -> Input
         taught = lessons(block, tensors, counts)
         if recipe.sequential and job.layer:
             block.enter(read_prefix(job))
+            taught = [replace(lesson, batch=batch) for lesson, batch in zip(taught, block.batches, strict=True)]
     if recipe.evidence == ["rows"]:
         return gather(job, sites, block, taught, device)
     computed = block.site_rows(tensors)

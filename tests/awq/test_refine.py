@@ -344,7 +344,12 @@ def test_a_sequential_recipe_goes_on_where_the_layer_before_ended(tmp_path, monk
     assert 0 < max(off) < 0.2
     with pytest.raises(LanceQuantError, match="recipe chain is sequential: give search the artifact of layer 0"):
         search_layer(replace(job, layer=1), folders[1], "cpu")
-    search_layer(replace(job, layer=1, before=folders[0]), folders[1], "cpu")
+    second = replace(job, layer=1, before=folders[0])
+    inputs = search.read_inputs(second, search.read_tensors(second, "cpu"), "cpu")
+    for lesson in inputs.taught:  # what the rounded layer left goes in, what the float model makes of its own comes out
+        for row, number in enumerate(lesson.batch.numbers):
+            assert torch.equal(lesson.batch.states[row], left[str(number)].float())
+    search_layer(second, folders[1], "cpu")
     ingredients = pd.read_parquet(folders[1] / "ingredients.parquet")
     whole = ingredients[ingredients.name == "layer"].set_index("ingredient").error
     assert whole["residual"] < whole["gptq"]  # against what the float model puts out
