@@ -7,8 +7,10 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 from prefect import flow
 from prefect.futures import PrefectFuture
+from prefect.settings import PREFECT_API_URL
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from lance_quant.errors import LanceQuantError
@@ -19,8 +21,10 @@ from tasks.load import load
 from tasks.pack import pack
 from tasks.report import MODEL, Measured, report
 from tasks.search import every_layer, search_layers
-from tasks.stage import Devices, Stopped
+from tasks.stage import Devices, Stopped, finished
 from tasks.store import Artifact, Store
+
+log = logging.getLogger("lance_quant")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,11 @@ def full_run(cfg: RunConfig) -> Outcome:
     )
     written = report.submit(cfg, measured)
     *_, scores, pages = in_order(reference, packed, scored, written)
+    return outcome(scores, pages)
+
+
+def outcome(scores: Artifact, pages: Artifact) -> Outcome:
+    """From the artifacts of evaluate and report."""
     return Outcome(
         html=pages.path / pages.summary["html"],
         model=pages.path / MODEL,
@@ -68,11 +77,27 @@ def in_order(*futures: PrefectFuture) -> list[Artifact]:
 
 
 def run(cfg: RunConfig) -> Outcome:
-    """The flow with as many threads as units of work at a time, for the command and the deployment alike."""
+    """The flow with as many threads as units of work at a time, for the command and the deployment alike.
+
+    Once the report is there the run has succeeded, whatever becomes of the Prefect server. Raises LanceQuantError where
+    the server is lost before.
+    """
     hush_bad_input()
     Store(cfg.artifacts).sweep()
+    finished.clear()
     workers = len(Devices.of(cfg.runner).names)
-    return full_run.with_options(task_runner=ThreadPoolTaskRunner(max_workers=workers))(cfg)
+    try:
+        return full_run.with_options(task_runner=ThreadPoolTaskRunner(max_workers=workers))(cfg)
+    except Exception as error:
+        if "report" in finished:
+            log.warning("Prefect could not close this run (%s), which is complete", type(error).__name__)
+            return outcome(finished["evaluate"], finished["report"])
+        if isinstance(error, httpx.HTTPError):
+            raise LanceQuantError(
+                f"the Prefect server at {PREFECT_API_URL.value()} was lost ({type(error).__name__}): finished stages "
+                "and layers are kept, run the same command to go on"
+            ) from error
+        raise
 
 
 class OneSentence(logging.Filter):

@@ -22,6 +22,7 @@ SECONDS_BETWEEN_LINES = 2.0
 
 log = logging.getLogger("lance_quant")
 stop = threading.Event()
+finished: dict[str, Artifact] = {}  # by stage, of this process's run: what no lost Prefect server can take away
 
 
 class Stopped(Exception):
@@ -31,6 +32,7 @@ class Stopped(Exception):
 def as_state(kept: Kept) -> Artifact | State:
     """What a task returns: the artifact built, or for one that was found a state that Prefect shows as Cached."""
     artifact = kept.artifact
+    finished[artifact.stage] = artifact
     if not kept.cached:
         let_go()
         return artifact

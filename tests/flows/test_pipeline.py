@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import httpx
 import pytest
 
 from lance_quant.errors import LanceQuantError
@@ -155,3 +156,32 @@ def test_bad_input_is_neither_tried_again_nor_traced(stages, config, monkeypatch
 def test_workers_share_the_layers(stages, config):
     run(config("runner.devices=[cpu]", "runner.workers=3"))
     assert stages.took() == dict.fromkeys(EVERYTHING, 1)
+
+
+def lose_server(monkeypatch, when: str) -> None:
+    """Prefect finds no server `before` or `after` the flow's work."""
+    from flows import pipeline
+
+    flow = pipeline.full_run
+
+    def lost(*arguments):
+        if when == "after":
+            flow(*arguments)
+        raise httpx.ConnectError("All connection attempts failed")
+
+    monkeypatch.setattr(flow, "with_options", lambda **_: lost)
+
+
+def test_a_server_lost_behind_the_report_loses_nothing(stages, config, monkeypatch):
+    whole = run(config())
+    stages.took()
+    lose_server(monkeypatch, "after")
+    assert run(config()) == whole
+    assert stages.took() == {}
+
+
+def test_a_server_lost_before_the_report_is_one_sentence(stages, config, monkeypatch):
+    run(config())  # a finished run of the same process does not stand for this one
+    lose_server(monkeypatch, "before")
+    with pytest.raises(LanceQuantError, match="^the Prefect server at http.* was lost .* to go on$"):
+        run(config())

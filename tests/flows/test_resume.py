@@ -94,6 +94,17 @@ def test_without_a_server_one_is_started_and_ends_with_the_run(bench, own_home):
     raise AssertionError("the server outlived its run")
 
 
+def test_a_server_that_dies_is_started_again_and_the_run_goes_on(bench, own_home):
+    process = bench.start(PREFECT_HOME=own_home, SLOW_FROM="3", SECONDS="1")
+    wait_for(bench, "search-3")
+    (server,) = server_children(bench)
+    os.kill(int(server), signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "report.html" in out
+    assert "the Prefect server of this run ended (exit code -9" in err and "Traceback" not in err
+
+
 def server_children(bench) -> list[str]:
     """Servers of this repository's runs that are still alive, by their log file's place."""
     listing = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
