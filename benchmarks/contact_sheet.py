@@ -9,6 +9,7 @@ so that none is picked.
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -23,16 +24,15 @@ DEFAULTS = {"report": "", "out": "docs/contact_sheet.png", "samples": "3"}
 LABEL, CELL, GAP, LINE = 150, 432, 18, 18  # pixels: width of the row's name, of a sample; between them; a line of text
 PICTURE, FRAME = 136, 78  # sides of a picture, of which three stand in a cell, and of a clip's frame, of which five do
 INK, SOFT, RULE, PAPER, DIFFERS = (27, 30, 36), (105, 112, 122), (222, 222, 216), (255, 255, 255), (163, 58, 29)
-MOST = 600_000  # bytes; above it the sheet is saved in 256 colours
-FONT, BOLD = ImageFont.load_default(13), ImageFont.load_default(15)
+MOST = 500_000  # bytes; above it the sheet is saved in 256 colours
+FONT, BOLD, LARGE = (ImageFont.load_default(size) for size in (13, 15, 19))
 
 
 def main(arguments: list[str]) -> None:
     settings = DEFAULTS | dict(word.split("=", 1) for word in arguments)
     if unknown := set(settings) - set(DEFAULTS):
         raise LanceQuantError(f"{unknown.pop()} is no setting of this command: take report=, out= or samples=")
-    baseline, scores, label = artifacts_of(Path(settings["report"]))
-    sheet = contact_sheet(baseline, scores, label, int(settings["samples"]))
+    sheet = contact_sheet(artifacts_of(Path(settings["report"])), int(settings["samples"]))
     out = Path(settings["out"])
     sheet.save(out, optimize=True)
     if out.stat().st_size > MOST:
@@ -40,8 +40,19 @@ def main(arguments: list[str]) -> None:
     print(f"{out}  {sheet.width} x {sheet.height} pixels, {out.stat().st_size / 1000:.0f} kB")
 
 
-def artifacts_of(report: Path) -> tuple[Path, Path, str]:
-    """Folders of the baseline and the comparison that a report tells of, and how it calls the quantized model."""
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """What a report tells of: the folders of the baseline and of the comparison, how the quantized model is called in
+    a cell (`int4`) and in full."""
+
+    baseline: Path
+    scores: Path
+    label: str
+    title: str
+
+
+def artifacts_of(report: Path) -> Compared:
+    """Raises LanceQuantError where there is no report."""
     report = report.parent if report.suffix == ".html" else report
     manifest = report / "manifest.json"
     if not manifest.is_file():
@@ -49,14 +60,19 @@ def artifacts_of(report: Path) -> tuple[Path, Path, str]:
             f"{report} holds no report: give the folder that full_run names, report=artifacts/report/<key>"
         )
     content = json.loads(manifest.read_text())
-    store, upstream = report.parents[1], content["upstream"]
-    bits = content["config"]["bits"]
-    return store / "baseline" / upstream["baseline"], store / "evaluate" / upstream["evaluate"], f"int{bits}"
+    store, upstream, config = report.parents[1], content["upstream"], content["config"]
+    return Compared(
+        baseline=store / "baseline" / upstream["baseline"],
+        scores=store / "evaluate" / upstream["evaluate"],
+        label=f"int{config['bits']}",
+        title=f"{config['checkpoint']['name']}: bf16 beside {config['bits']} bits, group size {config['group_size']}, "
+        f"recipe {config['recipe']['name']}",
+    )
 
 
-def contact_sheet(baseline: Path, scores: Path, label: str, samples: int) -> Image.Image:
+def contact_sheet(compared: Compared, samples: int) -> Image.Image:
     """A row a task that was evaluated, `samples` of its samples."""
-    tables = {name: table(scores / f"{name}.parquet") for name in ("answers", "pictures")}
+    tables = {name: table(compared.scores / f"{name}.parquet") for name in ("answers", "pictures")}
     rows = []
     for task in TASKS:
         of_kind = tables["answers" if task in UNDERSTANDING else "pictures"]
@@ -64,9 +80,19 @@ def contact_sheet(baseline: Path, scores: Path, label: str, samples: int) -> Ima
         if not len(of_task):
             continue
         cell = answer_cell if task in UNDERSTANDING else drawing_cell
-        cells = [cell(baseline, scores, label, row) for row in of_task.head(samples).to_dict("records")]
-        rows.append(row_of(task, summary(task, of_task, label), cells, samples))
-    return stacked([*rows], GAP, PAPER)
+        cells = [cell(compared, row) for row in of_task.head(samples).to_dict("records")]
+        rows.append(row_of(task, summary(task, of_task, compared.label), cells, samples))
+    return stacked([heading(compared, rows[0].width), *rows, Image.new("RGB", (1, 1), PAPER)], GAP, PAPER)
+
+
+def heading(compared: Compared, width: int) -> Image.Image:
+    """What the sheet is, and what its colours say."""
+    out = Image.new("RGB", (width, 3 * LINE), PAPER)
+    pen = ImageDraw.Draw(out)
+    pen.text((GAP, GAP), compared.title, fill=INK, font=LARGE)
+    words = "the name is red: not what was asked for, or another answer than bf16's"
+    pen.text((width - GAP, GAP + 4), words, fill=DIFFERS, font=FONT, anchor="ra")
+    return out
 
 
 def table(path: Path) -> pd.DataFrame:
@@ -104,16 +130,16 @@ def row_of(task: str, lines: list[str], cells: list[Image.Image], samples: int) 
     return out
 
 
-def answer_cell(baseline: Path, scores: Path, label: str, row: dict) -> Image.Image:
+def answer_cell(compared: Compared, row: dict) -> Image.Image:
     """What was asked about, the question, and both answers."""
-    given = Image.open(image_file(baseline, row["name"])).convert("RGB")
+    given = Image.open(image_file(compared.baseline, row["name"])).convert("RGB")
     wide = given.width > 2 * given.height
     given = fitted(given, CELL if wide else PICTURE, PICTURE)
     width = CELL if wide else CELL - given.width - 10
     texts = [(row["prompt"], BOLD, INK)]
     texts += [(f"true: {row['reference']}", FONT, SOFT)] if row["reference"] else []
     texts.append((f"bf16: {row['baseline']}", FONT, INK))
-    texts.append((f"{label}: {row['int4']}", FONT, INK if row["exact"] else DIFFERS))
+    texts.append((f"{compared.label}: {row['int4']}", FONT, INK if row["exact"] else DIFFERS))
     text = paragraph(texts, width)
     if wide:
         return stacked([given, text], 6, PAPER)
@@ -123,31 +149,36 @@ def answer_cell(baseline: Path, scores: Path, label: str, row: dict) -> Image.Im
     return out
 
 
-def drawing_cell(baseline: Path, scores: Path, label: str, row: dict) -> Image.Image:
+def drawing_cell(compared: Compared, row: dict) -> Image.Image:
     """What was given, if anything, what both models drew, and the prompt."""
-    given = image_file(baseline, row["name"])
-    shown = [("given", Image.open(given).convert("RGB"))] if given.exists() else []
-    for name, folder in (("bf16", baseline), (label, scores)):
+    given = image_file(compared.baseline, row["name"])
+    shown = [("given", SOFT, Image.open(given).convert("RGB"))] if given.exists() else []
+    for name, folder, model in (
+        ("bf16", compared.baseline, "baseline"),
+        (compared.label, compared.scores, "int4"),
+    ):
         frames = load_frames(folder, row["name"])
-        shown.append((name, strip(list(frames)) if len(frames) > 1 else Image.open(picture_file(folder, row["name"]))))
+        image = strip(list(frames)) if len(frames) > 1 else Image.open(picture_file(folder, row["name"]))
+        correct = row[f"correct_{model}"]  # None where nobody can tell
+        shown.append((name, DIFFERS if correct is not None and not correct else SOFT, image))
     text = paragraph([(row["prompt"], FONT, INK)], CELL)
     if row["frames"] > 1:
-        lines = [captioned(name, fitted(image, CELL - 40, FRAME), beside=True) for name, image in shown]
+        lines = [captioned(name, ink, fitted(image, CELL - 40, FRAME), beside=True) for name, ink, image in shown]
         return stacked([*lines, text], 4, PAPER)
-    pictures = [captioned(name, fitted(image, PICTURE, PICTURE)) for name, image in shown]
+    pictures = [captioned(name, ink, fitted(image, PICTURE, PICTURE)) for name, ink, image in shown]
     line = Image.new("RGB", (CELL, pictures[0].height), PAPER)
     for place, picture in enumerate(pictures):
         line.paste(picture, (place * (PICTURE + 10), 0))
     return stacked([line, text], 4, PAPER)
 
 
-def captioned(name: str, image: Image.Image, *, beside: bool = False) -> Image.Image:
+def captioned(name: str, ink: tuple[int, int, int], image: Image.Image, *, beside: bool = False) -> Image.Image:
     """The picture with its name below it, or left of it."""
     size = (CELL, image.height) if beside else (image.width, image.height + LINE)
     out = Image.new("RGB", size, PAPER)
     out.paste(image, (40, 0) if beside else (0, 0))
     at = (0, image.height // 2 - 8) if beside else (0, image.height + 1)
-    ImageDraw.Draw(out).text(at, name, fill=SOFT, font=FONT)
+    ImageDraw.Draw(out).text(at, name, fill=ink, font=FONT)
     return out
 
 

@@ -23,7 +23,8 @@ def report(make_job, tmp_path):
             place.mkdir()
             source.rename(place / "key")
         upstream = {"baseline": "key", "evaluate": "key"}
-        (folder / "manifest.json").write_text(json.dumps({"upstream": upstream, "config": {"bits": 4}}))
+        config = {"bits": 4, "group_size": 64, "recipe": {"name": "awq"}, "checkpoint": {"name": "tiny"}}
+        (folder / "manifest.json").write_text(json.dumps({"upstream": upstream, "config": config}))
         return folder
 
     return of
