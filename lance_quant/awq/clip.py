@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lance_quant.awq.compensate import on_triton
 from lance_quant.awq.config import RecipeConfig
 from lance_quant.awq.grid import grouped
 from lance_quant.awq.rounding import Draft, rows_of, with_range
@@ -45,15 +46,19 @@ def clip_linear(made: Draft, moments: Tensor, recipe: RecipeConfig) -> tuple[Dra
 
 def clip_groups(made: Draft, moments: Tensor, recipe: RecipeConfig) -> tuple[Draft, float, float]:
     blocks = group_blocks(moments, made.grid.group_size)
-    rows = max(1, BLOCK // made.latent.shape[1])
-    parts = [
-        _clip_rows(rows_of(made, start, start + rows), blocks, recipe) for start in range(0, len(made.latent), rows)
-    ]
-    step, zero, below, above = (torch.cat(column) for column in zip(*parts, strict=True))
+    if on_triton(moments):
+        from lance_quant.awq.kernels import clip_rows as at_once
+
+        step, zero, below, above = at_once(made, blocks, recipe)
+    else:
+        rows = max(1, BLOCK // made.latent.shape[1])
+        starts = range(0, len(made.latent), rows)
+        parts = [clip_rows(rows_of(made, start, start + rows), blocks, recipe) for start in starts]
+        step, zero, below, above = (torch.cat(column) for column in zip(*parts, strict=True))
     return replace(made, step=step, zero=zero), below.mean().item(), above.mean().item()
 
 
-def _clip_rows(made: Draft, blocks: Tensor, recipe: RecipeConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def clip_rows(made: Draft, blocks: Tensor, recipe: RecipeConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(step, zero, share of the low end, of the high end), each [O, I/G]."""
     groups = grouped(made.latent, made.grid.group_size)
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)

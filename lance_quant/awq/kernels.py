@@ -1,8 +1,9 @@
-"""The inner loops of `compensate` and `descend` as one Triton kernel each: a few hundred launches for a large linear in
-place of a hundred thousand.
+"""The inner loops of `compensate`, `descend` and `clip` as one Triton kernel each: a few hundred launches for a large
+linear in place of a hundred thousand.
 
-Output rows know nothing of each other. A program takes OUT of them through a block of columns one after another and
-keeps what each column passed on in registers. Arrays lie as there: columns as rows.
+Output rows know nothing of each other. Through a block of columns a program takes OUT of them one column after another
+and keeps what each passed on in registers; arrays lie as there, columns as rows. A clip tries every pair of shares on
+one group of ROWS rows, which it reads once.
 """
 
 import torch
@@ -11,9 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from lance_quant.awq.compensate import Columns
+from lance_quant.awq.config import RecipeConfig
 from lance_quant.awq.descend import Group
+from lance_quant.awq.rounding import Draft
 
 OUT = 16  # output rows of a program
+ROWS = 32
 HALF = tl.constexpr(12582912.0)  # 1.5 * 2^23: added and taken off again, it rounds half to even
 
 
@@ -90,3 +94,63 @@ def descend_block(group: Group) -> None:
         group.codes, group.change, group.slope, group.step, group.free, group.within.contiguous(), group.pull,
         count, outputs, float(group.top), COUNT=triton.next_power_of_2(count), OUT=OUT, num_warps=1,
     )  # fmt: skip
+
+
+@triton.jit
+def _bf16(x):
+    """Rounded to bf16 half to even, as float32."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _clip(
+    latent, blocks, constant, step, zero, below, above, outputs, size, groups, top, least, STEPS: tl.constexpr,
+    SIZE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, SIZE)
+    inside = (row < outputs)[:, None] & (column < size)[None, :]
+    weight = tl.load(latent + row.to(tl.int64)[:, None] * size * groups + group * size + column, mask=inside, other=0.0)
+    square = (column < size)[:, None] & (column < size)[None, :]
+    at = group.to(tl.int64) * size * size + column[:, None] * size + column[None, :]
+    moments = tl.load(blocks + at, mask=square, other=0.0)
+    low, high = tl.minimum(tl.min(weight, 1), 0.0), tl.maximum(tl.max(weight, 1), 0.0)
+    best = tl.full((ROWS,), float("inf"), tl.float32)
+    best_step, best_zero, best_below, best_above = best, best, best, best
+    taken = (1 - least) / (STEPS - 1)
+    for number in range(STEPS * STEPS):
+        share_low, share_high = 1 - taken * (number // STEPS), 1 - taken * (number % STEPS)
+        bottom, upper = low * share_low, high * share_high
+        size_ = _bf16(tl.maximum(tl.div_rn(upper - bottom, top), 7.888609052210118e-31))  # 2^-100
+        origin = _nearest(tl.div_rn(-bottom, size_), top)
+        code = _nearest(weight * (1 / size_)[:, None] + origin[:, None], top)
+        change = tl.where(inside, (code - origin[:, None]) * size_[:, None] - weight, 0.0)
+        error = tl.sum(tl.dot(change, moments, input_precision="ieee") * change, 1)
+        better = error < best
+        best = tl.where(better, error, best)
+        best_step, best_zero = tl.where(better, size_, best_step), tl.where(better, origin, best_zero)
+        best_below = tl.where(better, share_low, best_below)
+        best_above = tl.where(better, share_high, best_above)
+    at = row * groups + group
+    may = row < outputs
+    stays = tl.load(constant + at, mask=may, other=1) != 0
+    tl.store(step + at, best_step, mask=may & ~stays)
+    tl.store(zero + at, best_zero, mask=may & ~stays)
+    tl.store(below + at, tl.where(stays, 1.0, best_below), mask=may)
+    tl.store(above + at, tl.where(stays, 1.0, best_above), mask=may)
+
+
+def clip_rows(made: Draft, blocks: Tensor, recipe: RecipeConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `clip.clip_rows`."""
+    outputs, groups = made.step.shape
+    size = made.grid.group_size
+    step, zero = made.step.clone(), made.zero.clone()
+    below, above = torch.empty_like(step), torch.empty_like(step)
+    _clip[(triton.cdiv(outputs, ROWS), groups)](
+        made.latent.contiguous(), blocks.contiguous(), made.constant.contiguous(), step, zero, below, above,
+        outputs, size, groups, float(made.grid.top), recipe.clip_least,
+        STEPS=recipe.clip_steps, SIZE=max(16, triton.next_power_of_2(size)), ROWS=ROWS,
+    )  # fmt: skip
+    return step, zero, below, above

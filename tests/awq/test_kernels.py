@@ -5,7 +5,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from lance_quant.awq import compensate, descend, kernels  # noqa: E402
+from lance_quant.awq import clip, compensate, descend, kernels  # noqa: E402
+from lance_quant.awq.config import RecipeConfig  # noqa: E402
+from lance_quant.awq.grid import Grid  # noqa: E402
+from lance_quant.awq.rounding import draft  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -50,3 +53,18 @@ def test_descend_block(count, outputs):
     assert not torch.equal(theirs.codes, codes)
     torch.testing.assert_close(ours.codes, theirs.codes)
     torch.testing.assert_close(ours.change, theirs.change, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("group, outputs", [(32, 40), (24, 7)])
+def test_clip_rows(group, outputs):
+    weight = random(outputs, 3 * group)
+    weight[1], weight[2, :group] = 0, 0.75
+    made = draft(weight, Grid(bits=4, group_size=group))
+    x = random(200, 3 * group)
+    blocks = clip.group_blocks(x.T @ x, group)
+    recipe = RecipeConfig(clip_steps=4)
+    step, zero, below, above = kernels.clip_rows(made, blocks, recipe)
+    wanted = clip.clip_rows(made, blocks, recipe)
+    assert (below < 1).any() and (above < 1).any()
+    for ours, theirs in zip((step, zero, below, above), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
