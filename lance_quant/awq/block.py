@@ -2,7 +2,7 @@
 
     block = Block(config, layer, tensors, sequences, device)
     block.outputs(tensors, batch)      what the layer puts out
-    block.site_rows(tensors)           what its linears read
+    block.read(tensors)                both that and what its linears read
 
 Float32 throughout, or bfloat16 products under `autocast`; rotary frequencies are rounded as in the bf16 model.
 """
@@ -103,15 +103,24 @@ class Block:
             for hook in hooks:
                 hook.remove()
 
-    @torch.no_grad()
     def site_rows(self, tensors: dict[str, Tensor]) -> dict[tuple[str, str], tuple[Tensor, list[str]]]:
         """(path, site) -> inputs float32 [n, I] that the linears read, and each row's task."""
+        return self.read(tensors)[1]
+
+    @torch.no_grad()
+    def read(self, tensors: dict[str, Tensor]) -> tuple[list[Tensor], dict[tuple[str, str], tuple[Tensor, list[str]]]]:
+        """What the layer puts out for each batch [B, n, H], and `site_rows`, in one go."""
+        outs: list[Tensor] = []
         found: dict[tuple[str, str], tuple[list[Tensor], list[str]]] = {}
         sites = [(path, site) for path in PATHS for site in SITES]
         for batch in self.batches:
+            rows_out = []
             for row, task in enumerate(batch.tasks):
-                for key, inputs in self.trace(tensors, batch.part([row]), sites)[1].items():
+                out, read = self.trace(tensors, batch.part([row]), sites)
+                rows_out.append(out)
+                for key, inputs in read.items():
                     parts, tasks = found.setdefault(key, ([], []))
                     parts.append(inputs[0])
                     tasks.extend([task] * inputs.shape[1])
-        return {key: (torch.cat(parts), tasks) for key, (parts, tasks) in found.items()}
+            outs.append(torch.cat(rows_out))
+        return outs, {key: (torch.cat(parts), tasks) for key, (parts, tasks) in found.items()}

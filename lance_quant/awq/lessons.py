@@ -22,13 +22,20 @@ class Lesson:
     counts: Tensor
 
 
-def lessons(block: Block, source: dict[str, Tensor], weights: dict[tuple[str, str], float]) -> list[Lesson]:
-    """What the float layer makes of its kept sequences. weights: (task, path) -> what it counts.
+def lessons(
+    block: Block,
+    source: dict[str, Tensor],
+    weights: dict[tuple[str, str], float],
+    wanted: Sequence[Tensor] | None = None,
+) -> list[Lesson]:
+    """What the float layer makes of its kept sequences. weights: (task, path) -> what it counts; wanted: what it puts
+    out for each batch, where that is known.
 
     A token's squared error counts by 1 / |its state|, half way between the absolute and the relative one: the few
     states that are a hundred times the others, which every later token attends to, neither drown nor are drowned out.
     """
-    wanted = [block.outputs(source, batch) for batch in block.batches]
+    if wanted is None:
+        wanted = [block.outputs(source, batch) for batch in block.batches]
     size: dict[tuple[str, str], float] = {}
     for batch, out in zip(block.batches, wanted, strict=True):
         norms = out.double().norm(dim=-1)

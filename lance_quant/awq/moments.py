@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lance_quant.awq.score import ROW_BLOCK, TINY, SiteRows
+from lance_quant.awq.score import TINY, SiteRows
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,7 @@ def task_shares(weights: Sequence[Tensor], rows: SiteRows) -> Tensor:
     counts = torch.tensor(rows.weights or (1.0,) * rows.tasks, dtype=torch.float64, device=rows.rows.device)
     shares = torch.zeros_like(counts)
     for weight in weights:
-        per_row = torch.cat([(block @ weight.T).square().sum(-1) for block in rows.rows.split(ROW_BLOCK)]).double()
-        energy = torch.stack([per_row[rows.task == task].sum() for task in range(rows.tasks)])
-        shares += counts / (counts.sum() * energy.clamp(min=TINY)) / len(weights)
+        shares += counts / (counts.sum() * rows.energies(weight).clamp(min=TINY)) / len(weights)
     return shares
 
 
@@ -54,6 +52,4 @@ def second_moments(weights: Sequence[Tensor], rows: SiteRows, columns: Tensor) -
 
     columns: float32 [I], what folds multiplied the linears' columns by.
     """
-    share = task_shares(weights, rows)[rows.task].sqrt().float()
-    weighted = rows.rows * share[:, None] / columns
-    return weighted.T @ weighted
+    return rows.weighed(task_shares(weights, rows)) / columns / columns[:, None]

@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,6 +31,30 @@ class SiteRows:
     task: Tensor
     tasks: int
     weights: tuple[float, ...] = ()
+
+    @cached_property
+    def moments(self) -> Tensor | None:
+        """Second moments of each task [tasks, I, I], where there are more rows than channels: products with them are
+        then fewer than with the rows."""
+        if len(self.rows) <= self.tasks * self.rows.shape[1]:
+            return None
+        parts = [self.rows[self.task == task] for task in range(self.tasks)]
+        return torch.stack([part.T @ part for part in parts])
+
+    def energies(self, weight: Tensor) -> Tensor:
+        """float64 [tasks]: squared outputs of a linear [O, I], summed over each task's rows."""
+        if self.moments is not None:
+            return torch.stack([((weight @ of_task) * weight).sum(dtype=torch.float64) for of_task in self.moments])
+        per_row = torch.cat([(block @ weight.T).square().sum(-1) for block in self.rows.split(ROW_BLOCK)]).double()
+        # one sum a task: index_add_ adds in no fixed order on a GPU
+        return torch.stack([per_row[self.task == task].sum() for task in range(self.tasks)])
+
+    def weighed(self, share: Tensor) -> Tensor:
+        """Second moments [I, I] in which each task counts by its share [tasks]."""
+        if self.moments is not None:
+            return (share.float()[:, None, None] * self.moments).sum(0)
+        rows = self.rows * share[self.task].sqrt().float()[:, None]
+        return rows.T @ rows
 
 
 @dataclass(frozen=True)
@@ -72,14 +97,11 @@ class OutputError:
     """
 
     def __init__(self, weight: Tensor, site: SiteRows):
-        per_row = torch.cat([(block @ weight.T).square().sum(-1) for block in site.rows.split(ROW_BLOCK)]).double()
-        # one sum a task: index_add_ adds in no fixed order on a GPU
-        energy = torch.stack([per_row[site.task == task].sum() for task in range(site.tasks)])
+        energy = site.energies(weight)
         counts = torch.tensor(site.weights or (1.0,) * site.tasks, dtype=torch.float64, device=energy.device)
         share = counts / (counts.sum() * energy.clamp(min=TINY))
-        self._rows = site.rows * share[site.task].sqrt().float()[:, None]
-        # more rows than channels: their second moments say the same in fewer products
-        self._moments = self._rows.T @ self._rows if len(self._rows) > weight.shape[1] else None
+        self._moments = None if site.moments is None else site.weighed(share)
+        self._rows = site.rows * share[site.task].sqrt().float()[:, None] if self._moments is None else None
 
     def __call__(self, change: Tensor) -> float:
         """change: float32 [O, I], what is added to the weight."""

@@ -294,13 +294,14 @@ def read_inputs(job: LayerJob, tensors: dict[str, Tensor], device: str) -> Input
             )
         block = Block(job.checkpoint.config, job.layer, sequences, device)
         counts = {(task, key[0]): weight for key, site in sites.items() for task, weight in site.weights.items()}
-        taught = lessons(block, tensors, counts)
+        wanted, computed = block.read(tensors)
+        taught = lessons(block, tensors, counts, wanted)
         if recipe.sequential and job.layer:
             block.enter(read_prefix(job))
             taught = [replace(lesson, batch=batch) for lesson, batch in zip(taught, block.batches, strict=True)]
+            computed = block.site_rows(tensors)
     if recipe.evidence == ["rows"]:
         return gather(job, sites, block, taught, device)
-    computed = block.site_rows(tensors)
     whole = {}
     for key, site in sites.items():
         rows, tasks = computed.get(key, (site.rows[:0].float(), []))
