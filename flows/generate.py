@@ -41,8 +41,8 @@ class GenerateConfig:
     """One request, or an example file's. Every key: docs/configuration.md.
 
     weights: bf16, or the folder of a pack artifact or of report/<key>/model. resolution: one of PRESETS, else the
-    checkpoint's own. height, width, frames: of what is drawn; 0 is a square of the resolution's edge, and the
-    checkpoint's `frames`. accelerate: auto (on a GPU), on or off (docs/performance.md).
+    checkpoint's own. height, width, frames: of what is drawn; 0 is a square of the resolution's edge, for clips that of
+    clips, and the checkpoint's `frames`. accelerate: auto (on a GPU), on or off (docs/performance.md).
     """
 
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -132,9 +132,10 @@ def generate(cfg: GenerateConfig) -> None:
     lines = Lines(len(examples))
     identity = None
     for index, example in enumerate(examples):
+        edge = checkpoint.edges(example.task).image_edge
         request = example.request(
-            height=cfg.height or checkpoint.pictures.image_edge,
-            width=cfg.width or checkpoint.pictures.image_edge,
+            height=cfg.height or edge,
+            width=cfg.width or edge,
             frames=cfg.frames or checkpoint.frames,
         )
         if index == 0:

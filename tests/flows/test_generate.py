@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -97,6 +98,15 @@ def test_a_clip(tmp_path, video):
     assert (record["file"], record["frames"], record["height"], record["width"]) == ("t2v-7.mp4", 9, 64, 64)
     assert record["request"]["frames"] == 9
     assert read_clip(tmp_path / "out" / "t2v-7.mp4")[0].size == (64, 64)
+
+
+def test_without_a_size_clips_take_that_of_clips(tmp_path, video):
+    sized = replace(video, image_edge=64, video_edge=32)
+    for task, edge in (("t2v", 32), ("t2i", 64)):
+        record = run(tmp_path / task, sized, task=task, prompt="a red circle")
+        assert (record["height"], record["width"]) == (edge, edge)
+        assert record["request"]["height"] == edge
+        assert record["settings"]["resolution"]["image_edge"] == edge
 
 
 def test_a_clip_of_one_frame_is_a_picture(tmp_path, video):
