@@ -72,6 +72,25 @@ def _drawn_clip(made: Shown, true: Shown) -> bool:
     return _each(_named)(made, true) and motion(made) == motion(true)
 
 
+def clip_fault(made: Shown, true: Shown) -> str:
+    """What is wrong first with a clip drawn from text; empty where it is right.
+
+    `first frame`: other things than asked for. `no room`: the thing that should move stands where its way ends at the
+    rim or at another thing. `last frame`: other things than asked for. `motion`: all there, moved otherwise.
+    """
+    if _drawn_clip(made, true):
+        return ""
+    if _named(made.first) != _named(true.first):
+        return "first frame"
+    taken = [cell for *_, cell in made.first]
+    for kind, colour, columns, rows in motion(true):
+        cell = next(place for *name, _, place in made.first if name == [kind, colour])
+        column, row = cell % GRID + columns, cell // GRID + rows
+        if not (0 <= column < GRID and 0 <= row < GRID) or row * GRID + column in taken:
+            return "no room"
+    return "motion" if _named(made.last) == _named(true.last) else "last frame"
+
+
 def _same(made: Shown, true: Shown) -> bool:
     return made == true
 

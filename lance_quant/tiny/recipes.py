@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lance_quant.errors import LanceQuantError
+from lance_quant.model.request import TASKS
 
 
 def _above_zero(recipe: object, *names: str) -> None:
@@ -83,9 +84,11 @@ class ExportRecipe:
 
 @dataclass(kw_only=True)
 class MeasureRecipe:
-    """Which held-out scenes are measured and how pictures and clips are drawn."""
+    """Which held-out scenes are measured and how pictures and clips are drawn. tasks: with commas between, all where
+    empty; a measurement of some is printed, not written."""
 
     scenes: int = 512
+    tasks: str = ""
     steps: int = 30
     shift: float = 3.5
     guidance: float = 4.0
@@ -94,3 +97,9 @@ class MeasureRecipe:
 
     def __post_init__(self) -> None:
         _above_zero(self, "scenes", "steps")
+        if unknown := [task for task in self.named if task not in TASKS]:
+            raise LanceQuantError(f"tasks={self.tasks}: {unknown[0]} is unknown, take some of {', '.join(TASKS)}")
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        return tuple(task.strip() for task in self.tasks.split(",")) if self.tasks else TASKS

@@ -21,6 +21,7 @@ def test_settings_are_split_and_typed():
         (["stage=lance", "out=x", "batch=0"], "batch"),
         (["stage=paint", "out=x"], "paint"),
         (["stage=vae"], "out"),
+        (["stage=measure", "out=x", "tasks=t2v,t3v"], "t3v is unknown"),
     ],
 )
 def test_bad_words(words, complaint):

@@ -64,6 +64,26 @@ def test_a_clip_may_stand_elsewhere():
     assert judge.RULES["t2v"](shown(moved), shown(SCENE))
 
 
+FAULTS = {  # what is drawn -> what is wrong first, where the circle should move right
+    "": (CIRCLE, STAR),
+    "first frame": (replace(CIRCLE, kind="cross"), STAR),
+    "no room": (replace(CIRCLE, cell=2, goal=5), STAR),
+    "motion": (replace(CIRCLE, goal=3), STAR),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_first_fault_of_a_clip(fault):
+    assert judge.clip_fault(shown(world.Scene(things=FAULTS[fault], background="gray")), shown(SCENE)) == fault
+
+
+def test_faults_of_a_clip_that_two_frames_tell():
+    crowded = shown(world.Scene(things=(replace(CIRCLE, goal=3), replace(STAR, cell=1)), background="gray"))
+    assert judge.clip_fault(crowded, shown(SCENE)) == "no room"
+    true = shown(SCENE)
+    assert judge.clip_fault(true._replace(last=true.last[1:]), true) == "last frame"
+
+
 def test_painted_scenes_are_what_the_reader_sees():
     rng = random.Random(1)
     scenes = [world.sample_clip(rng) for _ in range(12)]

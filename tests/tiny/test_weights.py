@@ -14,6 +14,7 @@ from lance_quant.model.prompts import load_tokenizer
 from lance_quant.model.request import GENERATION, TASKS, UNDERSTANDING
 from lance_quant.model.sampler import FlowConfig
 from lance_quant.tiny import autoencoder, export, measure, tokenizer
+from lance_quant.tiny.recipes import MeasureRecipe
 
 WEIGHTS = Path(lance_quant.tiny.__file__).parent / "weights"
 MIB = 2**20
@@ -34,6 +35,16 @@ def scores():
     pools = measure.held_out_pools(words, vae, 8, 9, "cpu", 1)
     with torch.inference_mode():
         return measure.held_out_scores(measure.runners(lance, words), pools, vae, FlowConfig(steps=8))
+
+
+def test_a_measurement_of_some_tasks_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "MEASURED", str(tmp_path / "measured.json"))
+    scores = measure.run_measure(MeasureRecipe(scenes=3, steps=1, tasks="t2v"), out=WEIGHTS, device="cpu")
+    assert {"t2v", "reader_true/clips"} <= set(scores) and "t2i" not in scores
+    assert sum(share for name, share in scores.items() if "wrong:" in name) == pytest.approx(
+        1 - scores["t2v"], abs=1e-3
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_sizes():
