@@ -47,10 +47,9 @@ def gemvs(label: str, shape: tuple[int, int], rows: int) -> list[Candidate]:
     wide = shape[1] > 4096
     words = ((256, 2), (512, 4), (1024, 8), (2048, 8)) if wide else ((256, 1), (256, 2), (256, 4), (128, 1))
     configs = [GemvConfig(block_o, *each) for block_o, each in product((2, 4, 8, 16), words)]
-    warps = (2, 4, 8) if wide else (1, 2, 4)
-    if rows != 3:
-        sizes = [(block_o, each) for block_o, each in product((2, 4, 8), warps) if block_o * rows <= 16]
-        configs += [GemvConfig(block_o, 32 * each, each, lanes=True) for block_o, each in sizes]
+    if rows == 1:  # more rows unroll to kernels that take a minute to compile
+        sizes = product((2, 4), (4, 8) if wide else (2, 4))
+        configs += [GemvConfig(block_o, 32 * warps, warps, lanes=True) for block_o, warps in sizes]
     around = Surroundings(label)
     return [
         Candidate(

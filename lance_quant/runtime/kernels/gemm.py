@@ -54,6 +54,15 @@ def _tile(x, qweight, scales, zeros, o, m, step, INPUTS: tl.constexpr, G: tl.con
 
 
 @triton.jit
+def _added(acc, words, scale, zero, xs, one, BLOCK_O: tl.constexpr, BLOCK_W: tl.constexpr, DOT: tl.constexpr):
+    """acc [O, M] and the product of a tile."""
+    scale = scale.to(tl.float32)
+    weight = _weights(words, scale * 128.0, scale * (zero.to(tl.float32) + 128.0), one)
+    weight = tl.reshape(weight, (BLOCK_O, BLOCK_W * 8))
+    return tl.dot(weight.to(DOT), tl.trans(xs.to(DOT)), acc)
+
+
+@triton.jit
 def _gemm(x, qweight, scales, zeros, bias, parts, tickets, out, rows, outputs, one, INPUTS: tl.constexpr,
             G: tl.constexpr, BIAS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr,
             BLOCK_W: tl.constexpr, DOT: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
@@ -74,13 +83,13 @@ def _gemm(x, qweight, scales, zeros, bias, parts, tickets, out, rows, outputs, o
     one += tl.program_id(2)  # 0: an argument alone would be read anew for every code
     acc = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
     words, scale, zero, xs = _tile(x, qweight, scales, zeros, o, m, split * EACH, INPUTS, G, BLOCK_W, WHOLE)
-    for turn in tl.static_range(EACH):
-        now, step, shift, values = words, scale.to(tl.float32), zero.to(tl.float32), xs
-        if turn + 1 < EACH:  # under way while this tile is multiplied
-            following = split * EACH + turn + 1
-            words, scale, zero, xs = _tile(x, qweight, scales, zeros, o, m, following, INPUTS, G, BLOCK_W, WHOLE)
-        weight = tl.reshape(_weights(now, step * 128.0, step * (shift + 128.0), one), (BLOCK_O, BLOCK_W * 8))
-        acc = tl.dot(weight.to(DOT), tl.trans(values.to(DOT)), acc)
+    for turn in range(1, EACH):
+        now = words, scale, zero, xs
+        words, scale, zero, xs = _tile(
+            x, qweight, scales, zeros, o, m, split * EACH + turn, INPUTS, G, BLOCK_W, WHOLE
+        )  # under way while the tile before is multiplied
+        acc = _added(acc, now[0], now[1], now[2], now[3], one, BLOCK_O, BLOCK_W, DOT)
+    acc = _added(acc, words, scale, zero, xs, one, BLOCK_O, BLOCK_W, DOT)
     place = row[None, :] * outputs + column[:, None]
     inside = (column < outputs)[:, None] & (row < rows)[None, :]
     last = True
