@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lance_quant.model.linear import multiplies_bf16
 from lance_quant.runtime import cpu_layout, dequantized
 from lance_quant.runtime.dequantized import triton_dequant_cublas
 
@@ -52,7 +53,7 @@ def reference(linear: "Int4Linear", x: Tensor) -> Tensor:
 
 def blocks(linear: "Int4Linear", x: Tensor) -> Tensor:
     """Block by block, in float32 where a CPU has no bf16 arithmetic."""
-    wide = x.float() if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not cpu_has_bf16() else x
+    wide = x.float() if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not multiplies_bf16() else x
     y = torch.cat([(wide @ block.T).to(x.dtype) for block in linear.blocks(wide.dtype)], dim=-1)
     return y if linear.bias is None else y + linear.bias.to(x.dtype)
 
@@ -86,15 +87,6 @@ def reserve(device: torch.device) -> None:
         from lance_quant.runtime.kernels import gemm
 
         gemm.reserve(device)
-
-
-@cache
-def cpu_has_bf16() -> bool:
-    return (
-        torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        if hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
-        else False
-    )
 
 
 @cache

@@ -13,6 +13,7 @@ from torch import nn
 from lance_quant.model.attention import Span, attend
 from lance_quant.model.cache import KVCache
 from lance_quant.model.decoder import Decoder, LanguageModel, Layer, RMSNorm
+from lance_quant.model.linear import Linear
 from lance_quant.model.routing import Routing, Twin
 from lance_quant.runtime.attention import StaticCache, attend_kept
 from lance_quant.runtime.backends import triton_gemv
@@ -50,7 +51,7 @@ def one_product(linears: Sequence[nn.Module]) -> nn.Module:
 def _one_linear(linears: Sequence[nn.Linear]) -> nn.Linear:
     rows = sum(linear.out_features for linear in linears)
     with torch.device("meta"):
-        one = nn.Linear(linears[0].in_features, rows, bias=linears[0].bias is not None)
+        one = Linear(linears[0].in_features, rows, bias=linears[0].bias is not None)
     for name in ("weight", "bias"):
         if getattr(one, name) is not None:
             value = torch.cat([getattr(linear, name).data for linear in linears])

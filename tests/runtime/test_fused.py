@@ -11,6 +11,7 @@ from lance_quant.errors import LanceQuantError
 from lance_quant.model.cache import KVCache
 from lance_quant.model.inputs import prepare
 from lance_quant.model.lance import load_lance
+from lance_quant.model.linear import Linear
 from lance_quant.model.prompts import load_tokenizer
 from lance_quant.model.request import Request
 from lance_quant.model.routing import Routing
@@ -112,6 +113,12 @@ def test_experts_side_by_side_and_weights_ahead(pair, monkeypatch):
         out.append(decoder(hidden, positions, Routing.of(mask)))
     use_streams(decoder, Streams())
     assert torch.equal(out[0], out[1]) and decoder.beside is None
+
+
+def test_linears_of_one_input_are_one_product(pair):
+    for layer in pair[1].language_model.model.layers:
+        for expert in (layer.und, layer.gen):
+            assert isinstance(expert.qkv, Linear) and isinstance(expert.gate_up, Linear)
 
 
 def test_choices(pair):
