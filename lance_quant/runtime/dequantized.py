@@ -4,7 +4,7 @@
     Ahead(linears, depth=1)              # the next linear's weight is made on a stream of its own meanwhile
 
 Pieces begin and end at multiples of 256 outputs: cuBLAS then finds whole tiles, and rows of the result start at 16
-bytes. One of 1,524 outputs, all that 32 MB hold of a down projection, threw it back to kernels of a third of the speed.
+bytes. With pieces of 1,524 outputs, all that 32 MB hold of a down projection, denoising lost 4.6 us a row on an H100.
 """
 
 from collections.abc import Sequence
