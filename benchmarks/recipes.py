@@ -1,4 +1,4 @@
-"""Recipes side by side on one checkpoint:  python benchmarks/recipes.py [recipe=minmax,published,awq] [bits=4,3]
+"""Recipes side by side on one checkpoint:  python benchmarks/recipes.py [recipe=minmax,published,awq,fast,best] [bits=4,3]
 
 Runs the sweep through the pipeline (what is common is done once; what is there is reused) and prints two tables, a row
 a combination: scores of understanding (und) and generation (gen), then one score a task, KL for questions and guided
@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SWEPT = {"recipe": "minmax,published,awq", "group_size": "64,128", "bits": "4,3", "evaluation.samples": "64"}
+SWEPT = {"recipe": "minmax,published,awq,fast,best", "group_size": "64,128", "bits": "4,3", "evaluation.samples": "64"}
 SCORES = {
     "x2t_exact": "und same answers",
     "x2t_reference_exact_int4": "und right answers",
