@@ -1,4 +1,4 @@
-"""Recipes side by side on one checkpoint:  python benchmarks/recipes.py [recipe=minmax,published,awq,fast,best] [bits=4,3]
+"""Recipes side by side on one checkpoint:  python benchmarks/recipes.py [recipe=published,best] [bits=4,3]
 
 Runs the sweep through the pipeline (what is common is done once; what is there is reused) and prints two tables, a row
 a combination: scores of understanding (und) and generation (gen), then one score a task, KL for questions and guided
