@@ -85,19 +85,32 @@ class LayersFailed(LanceQuantError):
     """Some layers of the search failed; the others are kept."""
 
 
+def result_of(future: PrefectFuture) -> Artifact | BaseException:
+    """What a finished task returned or raised; UnfinishedRun of one that waited for another that failed."""
+    try:
+        return future.result(raise_on_failure=False)
+    except UnfinishedRun as never:
+        return never
+
+
 def every_layer(futures: Sequence[PrefectFuture]) -> list[Artifact]:
     """Wait for all layers, then raise once for those that failed; bad input, which no second try mends, as it is."""
     for future in futures:
         future.wait()
-    results = [future.result(raise_on_failure=False) for future in futures]
-    failed = {layer: result for layer, result in enumerate(results) if isinstance(result, BaseException)}
+    results = [result_of(future) for future in futures]
+    # later layers of a sequential recipe never ran
+    failed = {
+        layer: result
+        for layer, result in enumerate(results)
+        if isinstance(result, BaseException) and not isinstance(result, UnfinishedRun)
+    }
     if failed:
         first = next(iter(failed.values()))
-        # a sequential recipe's later layers never ran
-        if all(isinstance(fault, LanceQuantError | UnfinishedRun) for fault in failed.values()):
+        if all(isinstance(fault, LanceQuantError) for fault in failed.values()):
             raise first
+        kept = "those before are" if any(isinstance(one, UnfinishedRun) for one in results) else "the others are"
         raise LayersFailed(
             f"search failed in {'layers' if len(failed) > 1 else 'layer'} {', '.join(map(str, failed))} of "
-            f"{len(results)} ({type(first).__name__}: {first}): the others are kept, the same command tries these again"
+            f"{len(results)} ({type(first).__name__}: {first}): {kept} kept, the same command goes on from there"
         )
     return results

@@ -91,14 +91,26 @@ def test_changed_checkpoint_file_changes_everything(stages, config):
 def test_one_broken_layer_leaves_the_others(stages, config, monkeypatch):
     monkeypatch.setenv("BROKEN", "search-2")
     with pytest.raises(LanceQuantError, match=r"search failed in layer 2 of 4 \(RuntimeError: device lost\)"):
-        run(config())
+        run(config("recipe=fast"))
     took = stages.took()
     assert took["search-2"] == 2  # tried again once
     assert "pack" not in took
 
     monkeypatch.delenv("BROKEN")
-    run(config())
+    run(config("recipe=fast"))
     assert set(stages.took()) == {"search-2", "pack", "evaluate", "report"}
+
+
+def test_a_sequential_recipe_keeps_the_layers_before_the_broken_one(stages, config, monkeypatch):
+    monkeypatch.setenv("BROKEN", "search-2")
+    with pytest.raises(LanceQuantError, match=r"in layer 2 of 4 \(RuntimeError: device lost\): those before are kept"):
+        run(config("recipe=best"))
+    took = set(stages.took())
+    assert took >= {"search-0", "search-1", "search-2"} and "search-3" not in took
+
+    monkeypatch.delenv("BROKEN")
+    run(config("recipe=best"))
+    assert set(stages.took()) == {"search-2", "search-3", "pack", "evaluate", "report"}
 
 
 def test_uncovered_linears_stop_the_run_unless_allowed(stages, config, monkeypatch):
@@ -140,21 +152,22 @@ def test_a_stored_fault_is_no_pickle(stages, config, monkeypatch):
     assert stored == [{"__exc_type__": "builtins.RuntimeError", "message": "device lost"}]
 
 
-def test_bad_input_is_neither_tried_again_nor_traced(stages, config, monkeypatch, caplog):
+@pytest.mark.parametrize("recipe, tries", [("fast", LAYERS), ("best", 1)])
+def test_bad_input_is_neither_tried_again_nor_traced(recipe, tries, stages, config, monkeypatch, caplog):
     def refuse(job, out, device):
         stages.calls.open("a").write("search\n")
         raise LanceQuantError("capture artifact lacks layer 0: run capture again")
 
     monkeypatch.setattr("lance_quant.awq.search.search_layer", refuse)
     with pytest.raises(LanceQuantError, match="capture artifact lacks layer 0"):
-        run(config())
-    assert stages.took()["search"] == LAYERS
+        run(config(f"recipe={recipe}"))
+    assert stages.took()["search"] == tries
     assert "run capture again" in caplog.text
     assert not any(record.exc_info for record in caplog.records)
 
 
 def test_workers_share_the_layers(stages, config):
-    run(config("runner.devices=[cpu]", "runner.workers=3"))
+    run(config("recipe=fast", "runner.devices=[cpu]", "runner.workers=3"))
     assert stages.took() == dict.fromkeys(EVERYTHING, 1)
 
 
