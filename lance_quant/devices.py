@@ -1,6 +1,26 @@
-"""Devices by name: what a user may write is `auto`, `cpu`, `cuda` or `cuda:1`."""
+"""Devices by name: what a user may write is `auto`, `cpu`, `cuda` or `cuda:1`; and what runs on them."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from lance_quant.errors import LanceQuantError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@cache
+def has_triton() -> bool:
+    return "triton" in sys.modules or find_spec("triton") is not None
+
+
+def on_triton(x: Tensor) -> bool:
+    """Whether a Triton kernel can take this tensor."""
+    return x.is_cuda and has_triton()
 
 
 def choose_device(name: str) -> str:

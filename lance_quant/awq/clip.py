@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lance_quant.awq.compensate import on_triton
 from lance_quant.awq.config import RecipeConfig
+from lance_quant.awq.forms import form_of
 from lance_quant.awq.grid import grouped
 from lance_quant.awq.rounding import Draft, rows_of, with_range
 
@@ -46,15 +46,10 @@ def clip_linear(made: Draft, moments: Tensor, recipe: RecipeConfig) -> tuple[Dra
 
 def clip_groups(made: Draft, moments: Tensor, recipe: RecipeConfig) -> tuple[Draft, float, float]:
     blocks = group_blocks(moments, made.grid.group_size)
-    if on_triton(moments):
-        from lance_quant.awq.kernels import clip_rows as at_once
-
-        step, zero, below, above = at_once(made, blocks, recipe)
-    else:
-        rows = max(1, BLOCK // made.latent.shape[1])
-        starts = range(0, len(made.latent), rows)
-        parts = [clip_rows(rows_of(made, start, start + rows), blocks, recipe) for start in starts]
-        step, zero, below, above = (torch.cat(column) for column in zip(*parts, strict=True))
+    rows = max(1, BLOCK // made.latent.shape[1])
+    clip = form_of(clip_rows, moments)
+    parts = [clip(rows_of(made, start, start + rows), blocks, recipe) for start in range(0, len(made.latent), rows)]
+    step, zero, below, above = (torch.cat(column) for column in zip(*parts, strict=True))
     return replace(made, step=step, zero=zero), below.mean().item(), above.mean().item()
 
 

@@ -4,13 +4,12 @@ Columns go in the order of their second moment, the largest first, each against 
 had from the start: the stored layout does not know of the order.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from lance_quant.awq.forms import form_of
 from lance_quant.awq.rounding import Draft
 
 COLUMNS = 128  # updated at once; what follows is updated when they are done
@@ -69,7 +68,7 @@ def compensate(made: Draft, moments: Tensor, damping: float) -> Draft:
     step, zero, fixed = made.step.T[group], made.zero.T[group], made.constant.T[group]
     exact = columns.clone() if fixed.any() else None
     share = 1 / factor.diagonal()
-    through = block_of(columns)
+    through = form_of(compensate_block, columns)
     for start in range(0, len(columns), COLUMNS):
         at = slice(start, min(start + COLUMNS, len(columns)))
         held = None if exact is None else exact[at]
@@ -78,19 +77,6 @@ def compensate(made: Draft, moments: Tensor, damping: float) -> Draft:
     latent = torch.empty_like(columns)
     latent[order] = columns
     return replace(made, latent=latent.T.contiguous())
-
-
-def on_triton(x: Tensor) -> bool:
-    return x.is_cuda and find_spec("triton") is not None
-
-
-def block_of(x: Tensor) -> Callable[[Columns], Tensor]:
-    """`compensate_block`, one kernel where there is a GPU."""
-    if not on_triton(x):
-        return compensate_block
-    from lance_quant.awq import kernels
-
-    return kernels.compensate_block
 
 
 def compensate_block(block: Columns) -> Tensor:

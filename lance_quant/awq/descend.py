@@ -6,13 +6,12 @@ every column is rounded anew against what all the others came to be, group by gr
 and zero point were fitted to its codes. Every move lowers the error; a pass that moves nothing ends it.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lance_quant.awq.compensate import on_triton
+from lance_quant.awq.forms import form_of
 from lance_quant.awq.rounding import Draft
 
 
@@ -52,7 +51,7 @@ def descend(made: Draft, wanted: Tensor, moments: Tensor, damping: float, passes
     step, zero = made.step.T.contiguous(), made.zero.T.contiguous()
     free = (~made.constant.T).float()
     change = _values(codes, step, zero) - wanted.T
-    through = block_of(codes)
+    through = form_of(descend_block, codes)
     for _ in range(passes):
         before = codes.clone()
         for group in range(len(step)):
@@ -97,15 +96,6 @@ def _fit_zero(group: Group) -> None:
     group.zero.add_(moved)
     group.change.sub_(moved * group.step)
     group.slope.sub_(push * (moved * group.step))
-
-
-def block_of(x: Tensor) -> Callable[[Group], None]:
-    """`descend_block`, one kernel where there is a GPU."""
-    if not on_triton(x):
-        return descend_block
-    from lance_quant.awq import kernels
-
-    return kernels.descend_block
 
 
 def descend_block(group: Group) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lance_quant.awq.score import TINY, SiteRows
+from lance_quant.awq.score import SiteRows
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,10 @@ def taken(rows: SiteRows, which: Tensor) -> SiteRows:
     return SiteRows(rows.rows[which], rows.task[which], rows.tasks, rows.weights)
 
 
-def task_shares(weights: Sequence[Tensor], rows: SiteRows) -> Tensor:
-    """float64 [tasks]: what a squared output of each task counts, the mean over linears of one input [O, I]."""
-    counts = torch.tensor(rows.weights or (1.0,) * rows.tasks, dtype=torch.float64, device=rows.rows.device)
-    shares = torch.zeros_like(counts)
-    for weight in weights:
-        shares += counts / (counts.sum() * rows.energies(weight).clamp(min=TINY)) / len(weights)
-    return shares
-
-
 def second_moments(weights: Sequence[Tensor], rows: SiteRows, columns: Tensor) -> Tensor:
     """float32 [I, I] of rows / columns, for linears with source weights `weights` [O, I] each.
 
     columns: float32 [I], what folds multiplied the linears' columns by.
     """
-    return rows.weighed(task_shares(weights, rows)) / columns / columns[:, None]
+    share = sum(rows.shares(weight) / len(weights) for weight in weights)
+    return rows.weighed(share) / columns / columns[:, None]

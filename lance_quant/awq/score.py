@@ -49,6 +49,12 @@ class SiteRows:
         # one sum a task: index_add_ adds in no fixed order on a GPU
         return torch.stack([per_row[self.task == task].sum() for task in range(self.tasks)])
 
+    def shares(self, weight: Tensor) -> Tensor:
+        """float64 [tasks]: what a squared output of a linear counts, so that a task's energy has its weight."""
+        energy = self.energies(weight)
+        counts = torch.tensor(self.weights or (1.0,) * self.tasks, dtype=torch.float64, device=energy.device)
+        return counts / (counts.sum() * energy.clamp(min=TINY))
+
     def weighed(self, share: Tensor) -> Tensor:
         """Second moments [I, I] in which each task counts by its share [tasks]."""
         if self.moments is not None:
@@ -97,9 +103,7 @@ class OutputError:
     """
 
     def __init__(self, weight: Tensor, site: SiteRows):
-        energy = site.energies(weight)
-        counts = torch.tensor(site.weights or (1.0,) * site.tasks, dtype=torch.float64, device=energy.device)
-        share = counts / (counts.sum() * energy.clamp(min=TINY))
+        share = site.shares(weight)
         self._moments = None if site.moments is None else site.weighed(share)
         self._rows = site.rows * share[site.task].sqrt().float()[:, None] if self._moments is None else None
 

@@ -294,9 +294,11 @@ def read_inputs(job: LayerJob, tensors: dict[str, Tensor], device: str) -> Input
             )
         block = Block(job.checkpoint.config, job.layer, sequences, device)
         counts = {(task, key[0]): weight for key, site in sites.items() for task, weight in site.weights.items()}
-        wanted, computed = block.read(tensors)
-        taught = lessons(block, tensors, counts, wanted)
-        if recipe.sequential and job.layer:
+        if not (recipe.sequential and job.layer):
+            wanted, computed = block.read(tensors)
+            taught = lessons(block, tensors, counts, wanted)
+        else:
+            taught = lessons(block, tensors, counts)
             block.enter(read_prefix(job))
             taught = [replace(lesson, batch=batch) for lesson, batch in zip(taught, block.batches, strict=True)]
             computed = block.site_rows(tensors)

@@ -7,10 +7,10 @@ and a second kernel joins what they found. `StaticCache` is the context: fixed m
 import torch
 import torch.nn.functional as F
 
+from lance_quant.devices import on_triton
 from lance_quant.model.attention import attend
 from lance_quant.model.cache import KVCache
 from lance_quant.model.config import LanceConfig
-from lance_quant.runtime.ops import on_triton
 
 MOST_TOKENS = 16
 

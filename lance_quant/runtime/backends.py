@@ -4,17 +4,15 @@ A row says on which devices a backend runs and for how many rows of x at most; `
 `reference` and `blocks` take bf16 alone, and the Triton ones groups of a power of two.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lance_quant.devices import has_triton
 from lance_quant.model.linear import multiplies_bf16
 from lance_quant.runtime import cpu_layout, dequantized
 from lance_quant.runtime.dequantized import triton_dequant_cublas
@@ -87,11 +85,6 @@ def reserve(device: torch.device) -> None:
         from lance_quant.runtime.kernels import gemm
 
         gemm.reserve(device)
-
-
-@cache
-def has_triton() -> bool:
-    return "triton" in sys.modules or find_spec("triton") is not None
 
 
 def _triton_serves(linear: "Int4Linear") -> bool:

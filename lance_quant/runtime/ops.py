@@ -6,12 +6,11 @@ CUDA tensor takes.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 
+from lance_quant.devices import on_triton
 from lance_quant.model.decoder import rms_norm
 from lance_quant.model.rotary import rotate
 
@@ -41,15 +40,6 @@ class Heads:
     queries: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
-
-
-@cache
-def has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
-def on_triton(x: torch.Tensor) -> bool:
-    return x.is_cuda and has_triton()
 
 
 def kernels(x: torch.Tensor, name: str, plain: Callable) -> Callable:

@@ -9,17 +9,7 @@ from lance_quant.awq import clip, compensate, descend, kernels  # noqa: E402
 from lance_quant.awq.config import RecipeConfig  # noqa: E402
 from lance_quant.awq.grid import Grid  # noqa: E402
 from lance_quant.awq.rounding import draft  # noqa: E402
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def random(*shape) -> torch.Tensor:
-    return torch.randn(shape, device=DEVICE)
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
+from tests.drawn import DEVICE, random, seed  # noqa: E402, F401
 
 
 @pytest.mark.parametrize("holds", [False, True])

@@ -13,17 +13,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from lance_quant.runtime import attention, attention_triton, ops, ops_triton  # noqa: E402
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def random(*shape) -> torch.Tensor:
-    return torch.randn(shape, device=DEVICE)
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
+from tests.drawn import DEVICE, random, seed  # noqa: E402, F401
 
 
 def test_add_rms_norm():

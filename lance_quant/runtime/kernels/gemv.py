@@ -97,6 +97,19 @@ def _inverse_rms(x, eps, ROWS: tl.constexpr, INPUTS: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
+def _inputs(x, gain, inverse, w, m: tl.constexpr, INPUTS: tl.constexpr, NORM: tl.constexpr):
+    """What row m of x gives the codes of words w, 8 float32 each; normed with NORM."""
+    there = w < INPUTS // 8
+    v = _eight(x + m * (INPUTS // 4) + 2 * w, there)
+    if NORM:
+        k = inverse[m]
+        g = _eight(gain + 2 * w, there)
+        v = (v[0] * k * g[0], v[1] * k * g[1], v[2] * k * g[2], v[3] * k * g[3],
+             v[4] * k * g[4], v[5] * k * g[5], v[6] * k * g[6], v[7] * k * g[7])  # fmt: skip
+    return v
+
+
+@triton.jit
 def _rows(x, gain, inverse, following, qweight, scales, zeros, o, one, ROWS: tl.constexpr, INPUTS: tl.constexpr,
           G: tl.constexpr, NORM: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
     """ROWS sums [BLOCK_O]: x times the rows `o` of W. following: what `_block` read of the first words."""
@@ -113,13 +126,7 @@ def _rows(x, gain, inverse, following, qweight, scales, zeros, o, one, ROWS: tl.
         w = start + tl.arange(0, BLOCK_W)
         xs = ()
         for m in tl.static_range(ROWS):
-            v = _eight(x + m * (INPUTS // 4) + 2 * w, w < W)
-            if NORM:
-                k = inverse[m]
-                g = _eight(gain + 2 * w, w < W)
-                v = (v[0] * k * g[0], v[1] * k * g[1], v[2] * k * g[2], v[3] * k * g[3],
-                     v[4] * k * g[4], v[5] * k * g[5], v[6] * k * g[6], v[7] * k * g[7])  # fmt: skip
-            xs += (v,)
+            xs += (_inputs(x, gain, inverse, w, m, INPUTS, NORM),)
         sums = ()
         for j in tl.static_range(8):
             placed = _place(words, j, one)

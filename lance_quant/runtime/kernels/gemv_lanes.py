@@ -4,7 +4,7 @@ ever changes threads before the one sum at the end. Meets `gemv.gemv` through it
 import triton
 import triton.language as tl
 
-from lance_quant.runtime.kernels.gemv import _eight, _inverse_rms, _place
+from lance_quant.runtime.kernels.gemv import _inputs, _inverse_rms, _place
 
 
 @triton.jit
@@ -39,12 +39,7 @@ def _sums(x, gain, inverse, following, qweight, scales, zeros, first, outputs, o
         xs = ()
         totals = ()
         for m in tl.static_range(ROWS):
-            v = _eight(x + m * (INPUTS // 4) + 2 * w, w < W)
-            if NORM:
-                k = inverse[m]
-                g = _eight(gain + 2 * w, w < W)
-                v = (v[0] * k * g[0], v[1] * k * g[1], v[2] * k * g[2], v[3] * k * g[3],
-                     v[4] * k * g[4], v[5] * k * g[5], v[6] * k * g[6], v[7] * k * g[7])  # fmt: skip
+            v = _inputs(x, gain, inverse, w, m, INPUTS, NORM)
             xs += (v,)
             totals += (((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])),)
         added = ()
