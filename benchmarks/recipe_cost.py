@@ -2,20 +2,23 @@
 
 Random layers of Lance_3B's sizes with outlier channels, both experts, and an artificial capture: `--rows` rows a site,
 and sequences of `--tokens` tokens in all, half of them questions, half pictures. Each layer is read, searched, rounded
-and written as in a run. Prints seconds a layer (the first one apart: it warms up), what 36 layers make, peak memory.
-`--sizes tiny` tries the script itself. `--profile` runs one layer more, each launch waited for, and prints where its
-seconds went, function by function.
+and written as in a run; sequential recipes enter it by a prefix, as every layer of theirs but the first. Prints seconds
+a layer (the first one apart: it warms up), what 36 layers make, and the peak memory of one layer more, since watching
+it costs time. `--sizes tiny` tries the script itself. `--profile` runs two layers in a process of their own, each
+launch waited for, and prints where the seconds of the second went, function by function.
 """
 
 import argparse
 import cProfile
+import functools
 import json
+import multiprocessing
 import os
 import pstats
 import statistics
 import tempfile
 import time
-from dataclasses import replace
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +30,7 @@ from quality_lm import recipe_of
 from safetensors.torch import save_file
 
 from lance_quant.awq.block import Block
-from lance_quant.awq.search import LayerJob, read_tensors, search_layer
+from lance_quant.awq.search import LayerJob, read_tensors, search_layer, write_prefix
 from lance_quant.awq.sequences import read_sequences
 from lance_quant.calibration.activations import (
     HIDDEN_SCHEMA,
@@ -41,6 +44,7 @@ from lance_quant.model.config import LanceConfig
 from lance_quant.model.resolution import Preset
 
 LAYERS = 36
+LAYER = 1  # the one that is made and searched
 OUTLIERS, GAIN = 24, 20.0  # channels of a norm that are larger, and by how much
 SIZES = {
     "published": {"hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16, "num_key_value_heads": 2}
@@ -48,7 +52,7 @@ SIZES = {
     "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
     | {"rope_scaling": {"mrope_section": [4, 6, 6]}, "head_dim": 32},
 }
-REST = {"num_hidden_layers": 1, "vocab_size": 64, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "eos_token_id": 1}
+REST = {"num_hidden_layers": LAYER + 1, "vocab_size": 64, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "eos_token_id": 1}
 REST |= {"vision_start_token_id": 2, "vision_end_token_id": 3, "video_token_id": 4}
 
 
@@ -58,7 +62,7 @@ def make_checkpoint(folder: Path, sizes: str, device: str) -> Checkpoint:
     draw = torch.Generator(device).manual_seed(0)
     tensors = {}
     for key, shape in expected_shapes(config, adapters=False).items():
-        if not key.startswith(layer_prefix(0)):
+        if not key.startswith(layer_prefix(LAYER)):
             continue
         value = torch.randn(shape, generator=draw, device=device)
         if len(shape) == 2:
@@ -89,7 +93,7 @@ def make_checkpoint(folder: Path, sizes: str, device: str) -> Checkpoint:
 
 
 def make_capture(folder: Path, checkpoint: Checkpoint, args) -> None:
-    """A capture of layer 0 in the product's own schema: states drawn, rows computed by the layer itself."""
+    """A capture of the layer in the product's own schema: states drawn, rows computed by the layer itself."""
     length = args.length
     count = max(2, args.tokens // length)
     draw = torch.Generator().manual_seed(1)
@@ -122,20 +126,21 @@ def make_capture(folder: Path, checkpoint: Checkpoint, args) -> None:
         )
     columns = {name: np.concatenate([one[name] for one in sequences]) for name in sequences[0]}
     pq.write_table(pa.table(columns), folder / "sequences.parquet")
-    file = folder / "hidden" / "layer=0" / "part.parquet"
+    file = folder / "hidden" / f"layer={LAYER}" / "part.parquet"
     file.parent.mkdir(parents=True)
     with pq.ParquetWriter(file, HIDDEN_SCHEMA) as writer:
         for number, state in enumerate(states):
             table = {"sequence": np.full(length, number), "token": np.arange(length), "state": bit_patterns(state)}
             writer.write_table(pa.table(table).cast(HIDDEN_SCHEMA))
-    job = LayerJob(checkpoint=checkpoint, layer=0, capture=folder, recipe=recipe_of("best"), group_size=64)
-    tensors = read_tensors(job, args.device)
-    computed = Block(checkpoint.config, 0, read_sequences(folder, 0), args.device).site_rows(tensors)
+    write_prefix(dict(enumerate(states)), folder)
+    tensors = read_tensors(job_of("best", checkpoint, folder, args), args.device)
+    kept = read_sequences(folder, LAYER)
+    computed = Block(checkpoint.config, LAYER, kept, args.device).site_rows(tensors)
     coverage = []
     for path in PATHS:
         writers = {}
         for kind, schema in (("statistics", STATISTICS_SCHEMA), ("rows", ROWS_SCHEMA)):
-            file = layer_file(folder, kind, path, 0)
+            file = layer_file(folder, kind, path, LAYER)
             file.parent.mkdir(parents=True)
             writers[kind] = (pq.ParquetWriter(file, schema), schema)
         for site in SITES:
@@ -143,7 +148,7 @@ def make_capture(folder: Path, checkpoint: Checkpoint, args) -> None:
             for task in dict.fromkeys(tasks):
                 seen = rows[torch.tensor([one == task for one in tasks], device=rows.device)].cpu()
                 coverage.append(
-                    {"task": task, "path": path, "layer": 0, "site": site, "tokens": len(seen), "weight": 1.0}
+                    {"task": task, "path": path, "layer": LAYER, "site": site, "tokens": len(seen), "weight": 1.0}
                 )
                 kept = seen[torch.randperm(len(seen), generator=draw)[: args.rows // len(set(tasks))]]
                 width = seen.shape[1]
@@ -171,27 +176,35 @@ def make_capture(folder: Path, checkpoint: Checkpoint, args) -> None:
     pq.write_table(pa.Table.from_pylist(coverage), folder / "coverage.parquet")
 
 
-def measure(label: str, checkpoint: Checkpoint, captured: Path, args, work: Path) -> dict:
-    """Seconds of each layer, and what they put on disk."""
-    job = LayerJob(
-        checkpoint=checkpoint, layer=0, capture=captured, recipe=recipe_of(label), group_size=args.group_size
+def job_of(label: str, checkpoint: Checkpoint, captured: Path, args) -> LayerJob:
+    recipe = recipe_of(label)
+    return LayerJob(
+        checkpoint=checkpoint,
+        layer=LAYER,
+        capture=captured if recipe.needs_capture else None,
+        recipe=recipe,
+        group_size=args.group_size,
+        before=captured if recipe.sequential else None,
     )
-    if not job.recipe.needs_capture:
-        job = replace(job, capture=None)
-    seconds = []
-    with Meter() as meter:
-        for turn in range(args.layers + 1):
-            out = work / f"{label}{turn}"
-            out.mkdir()
+
+
+def measure(job: LayerJob, args, work: Path) -> dict:
+    """Seconds of each layer, and what they put on disk."""
+    label, seconds = job.recipe.name, []
+    for turn in range(args.layers + 2):
+        out = work / f"{label}{turn}"
+        out.mkdir()
+        with nullcontext() if turn <= args.layers else Meter() as meter:
             started = time.monotonic()
             summary = search_layer(job, out, args.device)
             seconds.append(time.monotonic() - started)
-    typical = statistics.mean(seconds[1:])
+    first, seconds = seconds[0], seconds[1:-1]
+    typical = statistics.mean(seconds)
     return {
         "recipe": label,
-        "seconds_first": round(seconds[0], 2),
+        "seconds_first": round(first, 2),
         "seconds_layer": round(typical, 3),
-        "seconds_spread": round(max(seconds[1:]) - min(seconds[1:]), 3),
+        "seconds_spread": round(max(seconds) - min(seconds), 3),
         "minutes_model": round(typical * LAYERS / 60, 2),
         "error_before": round(summary.error_before, 4),
         "error_after": round(summary.error_after, 4),
@@ -200,21 +213,17 @@ def measure(label: str, checkpoint: Checkpoint, captured: Path, args, work: Path
     }
 
 
-def profile(label: str, checkpoint: Checkpoint, captured: Path, args, work: Path) -> None:
-    """One layer under Python's profiler: cumulative seconds of the functions that took the most."""
-    job = LayerJob(
-        checkpoint=checkpoint, layer=0, capture=captured, recipe=recipe_of(label), group_size=args.group_size
-    )
-    out = work / f"{label}-profile"
-    out.mkdir()
+def profile(job: LayerJob, device: str, work: Path) -> None:
+    """In a fresh process, that its launches are waited for: cumulative seconds of the functions that took the most."""
+    os.environ["CUDA_LAUNCH_BLOCKING"] = "1"  # the driver reads it when the device is first used
     watched = cProfile.Profile()
-    watched.runcall(search_layer, job, out, args.device)
+    for call in (search_layer, functools.partial(watched.runcall, search_layer)):
+        with tempfile.TemporaryDirectory(dir=work) as out:
+            call(job, Path(out), device)
     pstats.Stats(watched).sort_stats("cumulative").print_stats(60)
 
 
 def main(args) -> None:
-    if args.profile:
-        os.environ["CUDA_LAUNCH_BLOCKING"] = "1"  # before the device is first used
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
     print(f"{device}, {args.layers} layers of {args.sizes} sizes, both experts, group size {args.group_size}")
     print("| recipe | s a layer | spread | first | 36 layers, minutes | error before | after | GPU GB | host GB |")
@@ -225,7 +234,8 @@ def main(args) -> None:
         checkpoint = make_checkpoint(work, args.sizes, args.device)
         make_capture(work / "capture", checkpoint, args)
         for label in args.recipes.split(","):
-            row = measure(label, checkpoint, work / "capture", args, work)
+            job = job_of(label, checkpoint, work / "capture", args)
+            row = measure(job, args, work)
             print(
                 f"| {label} | {row['seconds_layer']} | {row['seconds_spread']} | {row['seconds_first']} | "
                 f"{row['minutes_model']} | {row['error_before']} | {row['error_after']} | "
@@ -233,7 +243,9 @@ def main(args) -> None:
                 flush=True,
             )
             if args.profile:
-                profile(label, checkpoint, work / "capture", args, work)
+                fresh = multiprocessing.get_context("spawn").Process(target=profile, args=(job, args.device, work))
+                fresh.start()
+                fresh.join()
             if args.out:
                 with args.out.open("a") as file:
                     file.write(json.dumps(row | {"device": device, "layers": args.layers}) + "\n")
@@ -243,7 +255,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", default="minmax,published,awq,fast,best")
     parser.add_argument("--layers", type=int, default=6, help="measured, after one to warm up")
-    parser.add_argument("--profile", action="store_true", help="the times above are then those of waited-for launches")
+    parser.add_argument("--profile", action="store_true", help="print where the time went, too")
     parser.add_argument("--sizes", choices=tuple(SIZES), default="published")
     parser.add_argument("--rows", type=int, default=1024, help="of a site, over both tasks")
     parser.add_argument("--tokens", type=int, default=10000, help="of all kept sequences")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lance_quant.awq.clip import group_blocks
 from lance_quant.awq.forms import form_of
 from lance_quant.awq.rounding import Draft
 
@@ -20,16 +21,19 @@ class Group:
     """A group's columns, as rows.
 
     codes, change (of the weight): [G, O], updated, as step and zero are: [O]; slope: half the gradient of the error
-    [G, O]; free: 1.0, or 0.0 where nothing may move [O]; within: second moments [G, G]; pull: 1 / their diagonal [G].
+    [G, O], and push: what a larger step adds to it, used up; free: 1.0, or 0.0 where nothing may move [O]; within:
+    second moments [G, G]; sums: of their rows [G]; pull: 1 / their diagonal [G].
     """
 
     codes: Tensor
     change: Tensor
     slope: Tensor
+    push: Tensor
     step: Tensor
     zero: Tensor
     free: Tensor
     within: Tensor
+    sums: Tensor
     pull: Tensor
     top: int
 
@@ -45,22 +49,21 @@ def descend(made: Draft, wanted: Tensor, moments: Tensor, damping: float, passes
     size, top = made.grid.group_size, made.grid.top
     damped = moments.clone()
     damped.diagonal().add_(damping * moments.diagonal().mean())
-    pull = damped.diagonal().reciprocal()
+    blocks, pull = group_blocks(damped, size).contiguous(), damped.diagonal().reciprocal().view(-1, size)
+    sums = blocks.sum(2)
     # columns as rows, so that each is read at one stretch
     codes = made.codes().view(made.latent.shape).T.contiguous()
     step, zero = made.step.T.contiguous(), made.zero.T.contiguous()
     free = (~made.constant.T).float()
     change = _values(codes, step, zero) - wanted.T
-    through = form_of(descend_block, codes)
+    through = form_of(descend_group, codes)
+    of_group = list(zip(codes.split(size), change.split(size), damped.split(size), step, zero, free, strict=True))
     for _ in range(passes):
         before = codes.clone()
-        for group in range(len(step)):
-            at = slice(group * size, (group + 1) * size)
-            within, slope = damped[at, at], damped[at] @ change
-            held = Group(codes[at], change[at], slope, step[group], zero[group], free[group], within, pull[at], top)
-            _fit_step(held)
-            _fit_zero(held)
-            through(held)
+        for group, (code, moved, across, size_, origin, may) in enumerate(of_group):
+            push = blocks[group] @ (code - origin)
+            slope = across @ change
+            through(Group(code, moved, slope, push, size_, origin, may, blocks[group], sums[group], pull[group], top))
         if torch.equal(before, codes):
             break
     latent = _values(codes, step, zero).T.contiguous()
@@ -72,34 +75,39 @@ def _values(codes: Tensor, step: Tensor, zero: Tensor) -> Tensor:
     return ((codes.view(len(step), -1, codes.shape[1]) - zero[:, None]) * step[:, None]).view(codes.shape)
 
 
+def descend_group(group: Group) -> None:
+    """The step, the zero point, then every code, each to the least error."""
+    _fit_step(group)
+    _fit_zero(group)
+    _fit_codes(group)
+
+
 def _fit_step(group: Group) -> None:
-    """The step to the least error, as bf16."""
+    """As bf16."""
     steps = group.codes - group.zero
-    push = group.within @ steps
-    along, curve = (steps * group.slope).sum(0), (steps * push).sum(0)
+    along, curve = (steps * group.slope).sum(0), (steps * group.push).sum(0)
     better = (group.step - along / curve.clamp(min=1e-30)).to(torch.bfloat16).float()
     delta = better - group.step
     gain = (2 * along + delta * curve) * delta
     delta = torch.where((gain < 0) & (better > 0), delta * group.free, 0.0)
     group.step.add_(delta)
     group.change.addcmul_(steps, delta)
-    group.slope.addcmul_(push, delta)
+    group.slope.addcmul_(group.push, delta)
 
 
 def _fit_zero(group: Group) -> None:
-    """The zero point one up or down, where that helps."""
-    push = group.within.sum(1, keepdim=True)
-    along, curve = group.slope.sum(0), push.sum()
+    """One up or down, where that helps."""
+    along, curve = group.slope.sum(0), group.sums.sum()
     moved = (group.zero + along.sign()).clamp(0, group.top) - group.zero
     gain = group.step * (group.step * curve - 2 * along.abs())
     moved = torch.where(gain < 0, moved * group.free, 0.0)
     group.zero.add_(moved)
     group.change.sub_(moved * group.step)
-    group.slope.sub_(push * (moved * group.step))
+    group.slope.addr_(group.sums, moved * group.step, alpha=-1)
 
 
-def descend_block(group: Group) -> None:
-    """Each column of a group in turn to the code of least error."""
+def _fit_codes(group: Group) -> None:
+    """Column after column."""
     for column, share in enumerate(group.pull.tolist()):
         code, slope = group.codes[column], group.slope[column]
         moved = torch.addcdiv(code, slope, group.step, value=-share)

@@ -1,6 +1,7 @@
 """What a scale costs: the error in what a fold's consumers put out. One class for each `RecipeConfig.scoring`.
 
-`Evidence` is what calibration knows of one layer; a score is built once for a fold and then called with each scale.
+`Evidence` is what calibration knows of one layer; a score is built once for a fold and then called with each scale. Its
+answer, float64, stays on the device, so that no trial waits for the one before.
 """
 
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lance_quant.awq.forms import form_of
 from lance_quant.awq.grid import Grid, published_trial, quantize
 from lance_quant.awq.topology import ResolvedFold
 from lance_quant.calibration.activations import SiteActivations
@@ -109,10 +111,19 @@ class OutputError:
 
     def __call__(self, change: Tensor) -> float:
         """change: float32 [O, I], what is added to the weight."""
+        return self.unread(change).item()
+
+    def unread(self, change: Tensor) -> Tensor:
+        """The same, float64, left on the device: nothing waits for it."""
         if self._moments is not None:
-            return ((change @ self._moments) * change).sum(dtype=torch.float64).clamp(min=0).item()
+            return ((change @ self._moments) * change).sum(dtype=torch.float64).clamp(min=0)
         blocks = self._rows.split(ROW_BLOCK)
-        return sum((block @ change.T).square().sum(dtype=torch.float64).item() for block in blocks)
+        return sum((block @ change.T).square().sum(dtype=torch.float64) for block in blocks)
+
+
+def rounding_change(weight: Tensor, columns: Tensor, grid: Grid) -> Tensor:
+    """What rounding to nearest adds to a weight [O, I] whose columns a fold multiplied by `columns` [I]."""
+    return quantize(weight * columns, grid).dequantize() / columns - weight
 
 
 class CapturedScore:
@@ -124,10 +135,10 @@ class CapturedScore:
         sites = [known.rows_of(target) for target in fold.consumers]
         self._errors = [site and OutputError(weight, site) for weight, site in zip(self._weights, sites, strict=True)]
 
-    def __call__(self, scale: Tensor) -> float:
+    def __call__(self, scale: Tensor) -> Tensor:
         columns = self._fold.widen(scale)
         return sum(
-            error(quantize(weight * columns, self._grid).dequantize() / columns - weight)
+            error.unread(form_of(rounding_change, weight)(weight, columns, self._grid))
             for weight, error in zip(self._weights, self._errors, strict=True)
             if error
         )
@@ -148,11 +159,11 @@ class SyntheticScore:
         self._rows = noise * size
         self._outputs = [self._rows @ weight.T for weight in self._weights]
 
-    def __call__(self, scale: Tensor) -> float:
+    def __call__(self, scale: Tensor) -> Tensor:
         columns = self._fold.widen(scale)
         rows = self._rows / columns
         return sum(
-            (rows @ published_trial(weight * columns, self._grid).T - output).square().mean().item()
+            (rows @ published_trial(weight * columns, self._grid).T - output).square().mean().double()
             for weight, output in zip(self._weights, self._outputs, strict=True)
         )
 

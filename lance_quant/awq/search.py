@@ -9,6 +9,8 @@
 Layers know nothing of each other: any number of workers gives the same bytes.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from math import inf, sqrt
 from pathlib import Path
@@ -38,7 +40,7 @@ from lance_quant.awq.moments import Split, split_rows
 from lance_quant.awq.refine import Refinement, Stage, refine
 from lance_quant.awq.rounding import draft
 from lance_quant.awq.score import SCORES, Evidence, OutputError, evidence, mean_activation
-from lance_quant.awq.sequences import read_sequences
+from lance_quant.awq.sequences import KeptSequence, read_sequences
 from lance_quant.awq.topology import ResolvedFold, apply, resolve
 from lance_quant.calibration.activations import SiteActivations, read_layer
 from lance_quant.checkpoint.layout import (
@@ -75,6 +77,14 @@ class LayerJob:
     bits: int = 4
     seed: int = 0
     before: Path | None = None
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What lies on disk of a layer's inputs, on the CPU."""
+
+    sites: dict[tuple[str, str], SiteActivations]
+    sequences: list[KeptSequence] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -121,9 +131,10 @@ def search_fold(
     ]
     if recipe.scoring == "captured":
         candidates.insert(0, (IDENTITY, 0.0, torch.ones_like(activation)))
+    losses = torch.stack([score(scale) for _, _, scale in candidates]).tolist()
     best, best_scale, trials = Trial(IDENTITY, 0.0, inf), torch.ones_like(activation), []
-    for family, alpha, scale in candidates:
-        trial = Trial(family, alpha, score(scale))
+    for (family, alpha, scale), loss in zip(candidates, losses, strict=True):
+        trial = Trial(family, alpha, loss)
         trials.append(trial)
         if trial.loss < best.loss:
             best, best_scale = trial, scale
@@ -268,31 +279,37 @@ def read_tensors(job: LayerJob, device: str) -> dict[str, Tensor]:
     if job.recipe.needs_sequences and config.qk_norm:
         prefix = f"{layer_prefix(job.layer)}self_attn."
         keys += [f"{prefix}{leaf}{SUFFIX[path]}.weight" for path in PATHS for leaf in ("q_norm", "k_norm")]
-    tensors = {}
+    dtype = torch.bfloat16 if job.recipe.source_bf16 else torch.float32
     with TensorReader(job.checkpoint.model_file) as reader:
-        for key in keys:
-            tensor = reader.read(key)
-            if job.recipe.source_bf16:
-                tensor = tensor.to(torch.bfloat16)
-            tensors[key] = tensor.to(device).float()
-            if not tensors[key].isfinite().all():
-                file = job.checkpoint.model_file
-                raise LanceQuantError(f"{file}: '{key}' holds NaN or infinity: fetch the file again")
+        tensors = {key: torch.empty(reader.shape(key), dtype=dtype, device=device) for key in keys}
+        reader.read_all(tensors)
+    tensors = {key: tensor.float() for key, tensor in tensors.items()}
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
+    for key in (key for key, good in zip(tensors, finite, strict=True) if not good):
+        raise LanceQuantError(f"{job.checkpoint.model_file}: '{key}' holds NaN or infinity: fetch the file again")
     return tensors
 
 
-def read_inputs(job: LayerJob, tensors: dict[str, Tensor], device: str) -> Inputs:
+def read_capture(job: LayerJob) -> Capture:
     """What the recipe looks at of the layer's capture. Raises LanceQuantError where wanted sequences are missing."""
-    recipe = job.recipe
-    sites = read_layer(job.capture, job.layer)
+    if not job.recipe.needs_sequences:
+        return Capture(read_layer(job.capture, job.layer))
+    with ThreadPoolExecutor(1) as pool:
+        sequences = pool.submit(read_sequences, job.capture, job.layer)
+        sites = read_layer(job.capture, job.layer)
+    if not sequences.result():
+        raise LanceQuantError(
+            f"recipe {job.recipe.name} runs kept sequences and the capture has none: set calibration.sequences=2"
+        )
+    return Capture(sites, sequences.result())
+
+
+def inputs_of(job: LayerJob, capture: Capture, tensors: dict[str, Tensor], device: str) -> Inputs:
+    """What was captured on the device, and what the layer makes of its kept sequences."""
+    recipe, sites = job.recipe, capture.sites
     block, taught = None, []
     if recipe.needs_sequences:
-        sequences = read_sequences(job.capture, job.layer)
-        if not sequences:
-            raise LanceQuantError(
-                f"recipe {recipe.name} runs kept sequences and the capture has none: set calibration.sequences=2"
-            )
-        block = Block(job.checkpoint.config, job.layer, sequences, device)
+        block = Block(job.checkpoint.config, job.layer, capture.sequences, device)
         counts = {(task, key[0]): weight for key, site in sites.items() for task, weight in site.weights.items()}
         if not (recipe.sequential and job.layer):
             wanted, computed = block.read(tensors)
@@ -341,6 +358,11 @@ def write_prefix(states: dict[int, Tensor], out: Path) -> None:
             writer.write(spec.name, states[int(spec.name)])
 
 
+def current(device: str) -> AbstractContextManager:
+    """Makes a GPU the thread's own: a Triton kernel runs there, wherever its tensors are."""
+    return torch.cuda.device(device) if device.startswith("cuda") else nullcontext()
+
+
 @torch.no_grad()
 def search_layer(job: LayerJob, out: Path, device: str) -> LayerSummary:
     """Search and round one layer into the empty folder `out`; holds about one layer.
@@ -354,12 +376,15 @@ def search_layer(job: LayerJob, out: Path, device: str) -> LayerSummary:
         check_group_size(targets, job.group_size)
     if job.capture is None and job.recipe.needs_capture:
         raise LanceQuantError(f"recipe {job.recipe.name} scores captured activations: give search a capture artifact")
-    tensors = read_tensors(job, device)
-    inputs = read_inputs(job, tensors, device) if job.capture is not None else Inputs()
-    folds = resolve(job.checkpoint.config, job.layer, job.recipe.folds)
-    result = quantize_layer(tensors, folds, inputs, job)
-    if job.recipe.sequential:
-        rounded = {f"{name}.weight": one.dequantize() for name, one in result.rounded.items()}
-        folded = {key: value.float() for key, value in result.folded_tensors.items()}
-        write_prefix(inputs.block.leave(tensors | folded | rounded), out)
-    return write_layer(job.layer, job.bits, result, out)
+    with current(device):
+        with ThreadPoolExecutor(1) as pool:  # the capture is decoded while the weights go to the device
+            capture = None if job.capture is None else pool.submit(read_capture, job)
+            tensors = read_tensors(job, device)
+        inputs = Inputs() if capture is None else inputs_of(job, capture.result(), tensors, device)
+        folds = resolve(job.checkpoint.config, job.layer, job.recipe.folds)
+        result = quantize_layer(tensors, folds, inputs, job)
+        if job.recipe.sequential:
+            rounded = {f"{name}.weight": one.dequantize() for name, one in result.rounded.items()}
+            folded = {key: value.float() for key, value in result.folded_tensors.items()}
+            write_prefix(inputs.block.leave(tensors | folded | rounded), out)
+        return write_layer(job.layer, job.bits, result, out)

@@ -19,7 +19,7 @@ from lance_quant.runtime.fused import Streams, fuse_decoder, use_streams
 from lance_quant.runtime.graphs import Decoding, RecordedFlow, Tokens, capacity_for
 
 CHOICES = ("auto", "on", "off")
-STREAMS = Streams()
+STREAMS = Streams(early=True)  # what paid on an H100, docs/performance.md
 
 
 def accelerate(lance: Lance, choice: str = "auto", graphs: bool = True, streams: Streams = STREAMS) -> Lance:

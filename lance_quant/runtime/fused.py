@@ -60,8 +60,8 @@ def _one_linear(linears: Sequence[nn.Linear]) -> nn.Linear:
 
 
 def by_gemv(linear: nn.Module, x: torch.Tensor) -> bool:
-    """Whether the GEMV over codes multiplies, which does what stands around a product in the same kernel."""
-    return isinstance(linear, Int4Linear) and choose(linear, x.reshape(-1, linear.in_features)) is triton_gemv
+    """Whether as many rows as x has go to the GEMV over codes, which does what stands around in the same kernel."""
+    return isinstance(linear, Int4Linear) and choose(linear, x.reshape(-1, x.shape[-1])) is triton_gemv
 
 
 def within(linear: Int4Linear, x: torch.Tensor, **around) -> torch.Tensor:

@@ -52,7 +52,7 @@ class Int4Config:
 
 BUILT_IN = {
     "cuda": (
-        Choice(4, "triton_gemv"),
+        Choice(2, "triton_gemv"),
         Choice(64, "triton_gemm"),
         Choice(None, "triton_dequant_cublas"),
     ),
@@ -61,7 +61,7 @@ BUILT_IN = {
 
 
 def choose(linear: "Int4Linear", x: Tensor) -> Callable[["Int4Linear", Tensor], Tensor]:
-    """What multiplies x [M, I] by the linear's weight."""
+    """What multiplies M rows like those of x [M, ...] by the linear's weight."""
     if linear.backend is not None:
         named = backend_named(linear.backend)
         if named.serves(linear, x):

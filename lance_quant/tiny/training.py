@@ -92,7 +92,7 @@ TASKS = {
     "x2t_image": Task(0.35),
     "x2t_video": Task(0.5),
     "t2i": Task(1.0),
-    "t2v": Task(2.0),
+    "t2v": Task(4.0),
     "i2v": Task(0.75),
     "image_edit": Task(1.0),
     "video_edit": Task(1.0),

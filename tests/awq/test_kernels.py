@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from lance_quant.awq import clip, compensate, descend, kernels  # noqa: E402
+from lance_quant.awq import clip, compensate, descend, kernels, score  # noqa: E402
 from lance_quant.awq.config import RecipeConfig  # noqa: E402
 from lance_quant.awq.grid import Grid  # noqa: E402
 from lance_quant.awq.rounding import draft  # noqa: E402
@@ -29,20 +29,24 @@ def test_compensate_block(holds, count, outputs):
 
 
 @pytest.mark.parametrize("count, outputs", [(32, 40), (24, 7)])
-def test_descend_block(count, outputs):
+def test_descend_group(count, outputs):
     codes = torch.randint(0, 16, (count, outputs), device=DEVICE).float()
-    step, free = random(outputs).abs() / 8 + 0.05, (torch.rand(outputs, device=DEVICE) < 0.8).float()
+    step, zero = (random(outputs).abs() / 8 + 0.05).bfloat16().float(), torch.randint(0, 16, (outputs,)).float()
+    zero, free = zero.to(DEVICE), (torch.rand(outputs, device=DEVICE) < 0.8).float()
     x = random(100, count)
     within = x.T @ x
-    change = random(count, outputs) / 8
-    state = codes, change, within @ change
-    rest = step, torch.zeros_like(step), free, within, within.diagonal().reciprocal(), 15
-    ours, theirs = (descend.Group(*(part.clone() for part in state), *rest) for _ in range(2))
-    kernels.descend_block(ours)
-    descend.descend_block(theirs)
-    assert not torch.equal(theirs.codes, codes)
-    torch.testing.assert_close(ours.codes, theirs.codes)
+    change = random(count, outputs) / 8 + 0.05
+    moving = codes, change, within @ change, within @ (codes - zero), step, zero
+    fixed = free, within, within.sum(1), within.diagonal().reciprocal(), 15
+    ours, theirs = (descend.Group(*(part.clone() for part in moving), *fixed) for _ in range(2))
+    kernels.descend_group(ours)
+    descend.descend_group(theirs)
+    for name, was in (("codes", codes), ("step", step), ("zero", zero)):
+        assert not torch.equal(getattr(theirs, name), was), name
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
     torch.testing.assert_close(ours.change, theirs.change, rtol=1e-4, atol=1e-5)
+    held = free == 0
+    assert torch.equal(ours.codes[:, held], codes[:, held]) and torch.equal(ours.change[:, held], change[:, held])
 
 
 @pytest.mark.parametrize("group, outputs", [(32, 40), (24, 7)])
@@ -58,3 +62,15 @@ def test_clip_rows(group, outputs):
     assert (below < 1).any() and (above < 1).any()
     for ours, theirs in zip((step, zero, below, above), wanted, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group, outputs", [(32, 100), (24, 7)])
+def test_rounding_change(group, outputs, bits):
+    weight, columns = random(outputs, 3 * group), random(3 * group).abs() + 0.1
+    columns[:group] = 2.0
+    weight[1], weight[2, :group], weight[3] = 0, -0.3, weight[3].abs() + 0.5
+    for stored in (True, False):
+        grid = Grid(bits=bits, group_size=group, bf16_scale_codes=stored)
+        ours, theirs = (form.rounding_change(weight, columns, grid) for form in (kernels, score))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)

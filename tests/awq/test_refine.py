@@ -345,7 +345,7 @@ def test_a_sequential_recipe_goes_on_where_the_layer_before_ended(tmp_path, monk
     with pytest.raises(LanceQuantError, match="recipe chain is sequential: give search the artifact of layer 0"):
         search_layer(replace(job, layer=1), folders[1], "cpu")
     second = replace(job, layer=1, before=folders[0])
-    inputs = search.read_inputs(second, search.read_tensors(second, "cpu"), "cpu")
+    inputs = search.inputs_of(second, search.read_capture(second), search.read_tensors(second, "cpu"), "cpu")
     for lesson in inputs.taught:  # what the rounded layer left goes in, what the float model makes of its own comes out
         for row, number in enumerate(lesson.batch.numbers):
             assert torch.equal(lesson.batch.states[row], left[str(number)].float())

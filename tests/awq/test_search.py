@@ -119,7 +119,7 @@ def test_the_published_score_does_not_clamp_its_trial_zero():
         rounded = (((groups / step + zero).round().clamp(0, 15) - zero) * step).view_as(weight)
         wanted += ((x / scale) @ rounded.T - x @ weight.T).square().mean().item()
     score = SyntheticScore(fold, tensors, known, grid_of(PUBLISHED, 4, 32))
-    assert score(scale) == pytest.approx(wanted, rel=1e-5)
+    assert score(scale).item() == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize("bits", [3, 4, 5, 8])

@@ -21,6 +21,7 @@ from lance_quant.runtime import fused
 from lance_quant.runtime.accelerate import accelerate, answer_together
 from lance_quant.runtime.fused import Streams, use_streams
 from tests.random_checkpoint import random_checkpoint
+from tests.random_int4 import random_int4
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +114,31 @@ def test_experts_side_by_side_and_weights_ahead(pair, monkeypatch):
         out.append(decoder(hidden, positions, Routing.of(mask)))
     use_streams(decoder, Streams())
     assert torch.equal(out[0], out[1]) and decoder.beside is None
+
+
+@torch.inference_mode()
+def test_what_stands_around_a_product_in_the_gemv(pair, monkeypatch):
+    """An expert whose linears go to the GEMV, its kernel replaced by torch, gives what its parts one by one do."""
+    if pair[0].dtype != torch.bfloat16:
+        return
+    expert = copy.deepcopy(pair[1].language_model.model.layers[0].und)
+    for name in ("qkv", "out", "gate_up", "down"):
+        linear = getattr(expert, name)
+        setattr(expert, name, random_int4(linear.out_features, linear.in_features, 32, bias=False)[0])
+    x, attended = (torch.randn(1, 3, each.in_features).bfloat16() for each in (expert.qkv, expert.out))
+    read, (written, added) = expert.read(x, None)[1], expert.write(x, attended)
+
+    def by_parts(linear, x, gain=None, eps=0.0, silu_mul=False, residual=None):
+        x = x if gain is None else torch.nn.functional.rms_norm(x, x.shape[-1:], gain, eps)
+        y = fused.silu_mul(linear(x)) if silu_mul else linear(x)
+        return y if residual is None else y + residual
+
+    monkeypatch.setattr(fused, "within", by_parts)
+    monkeypatch.setattr(fused, "choose", lambda linear, x: fused.triton_gemv)
+    close(expert.read(x, None)[1], read)
+    whole, nothing = expert.write(x, attended)
+    assert nothing is None
+    close(whole, written + added)
 
 
 def test_linears_of_one_input_are_one_product(pair):

@@ -59,7 +59,7 @@ def test_a_large_activation_leaves_the_others_their_digits(config):
 def test_gemm(rows, outputs, inputs, group, splits):
     linear, exact = random_int4(outputs, inputs, group, bias=rows % 2 == 1)
     x = torch.randn(rows, inputs).bfloat16()
-    config = GemmConfig(16, 16, splits, 1)
+    config = GemmConfig(16, 16, splits, 1, stages=splits)
     for _ in range(2):  # the tickets are 0 again after a call
         y = gemm(x, linear.packed, linear.bias, torch.empty(rows, outputs), config)
         assert distance(y, exact(x)) < CLOSE

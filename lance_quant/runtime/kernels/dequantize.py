@@ -20,8 +20,8 @@ ONE = 0x3F800000  # 1.0 as bits; an argument rather than a constant, so that and
 class DequantizeConfig:
     """A program takes `turns` times `words` words of 8 codes, all read before the first is written."""
 
-    words: int = 256
-    turns: int = 4
+    words: int = 512
+    turns: int = 2
     warps: int = 8
 
 

@@ -22,13 +22,14 @@ from lance_quant.runtime.kernels.early import launched
 @dataclass(frozen=True)
 class GemmConfig:
     """A program makes block_o outputs (16, 32, 64, ...) of block_m rows (16, 32, ...), block_w words of 8 inputs at a
-    time (8, 16, 32, ...)."""
+    time (8, 16, 32, ...). stages: tiles in shared memory, read ahead; 1: only the next tile, in registers."""
 
     block_o: int = 32
     block_w: int = 16
     splits: int = 4
     warps: int = 2
     block_m: int = 16
+    stages: int = 1
     early: bool = False
 
 
@@ -65,7 +66,7 @@ def _added(acc, words, scale, zero, xs, one, BLOCK_O: tl.constexpr, BLOCK_W: tl.
 @triton.jit
 def _gemm(x, qweight, scales, zeros, bias, parts, tickets, out, rows, outputs, one, INPUTS: tl.constexpr,
             G: tl.constexpr, BIAS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr,
-            BLOCK_W: tl.constexpr, DOT: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+            BLOCK_W: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """parts float32 [SPLITS, rows, outputs]; tickets int32 [tiles], 0 before and after."""
     STEPS: tl.constexpr = (INPUTS // 8 + BLOCK_W - 1) // BLOCK_W
     EACH: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
@@ -82,14 +83,21 @@ def _gemm(x, qweight, scales, zeros, bias, parts, tickets, out, rows, outputs, o
         tl.extra.cuda.gdc_wait()
     one += tl.program_id(2)  # 0: an argument alone would be read anew for every code
     acc = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
-    words, scale, zero, xs = _tile(x, qweight, scales, zeros, o, m, split * EACH, INPUTS, G, BLOCK_W, WHOLE)
-    for turn in range(1, EACH):
-        now = words, scale, zero, xs
-        words, scale, zero, xs = _tile(
-            x, qweight, scales, zeros, o, m, split * EACH + turn, INPUTS, G, BLOCK_W, WHOLE
-        )  # under way while the tile before is multiplied
-        acc = _added(acc, now[0], now[1], now[2], now[3], one, BLOCK_O, BLOCK_W, DOT)
-    acc = _added(acc, words, scale, zero, xs, one, BLOCK_O, BLOCK_W, DOT)
+    if STAGES > 1:
+        for turn in tl.range(EACH, num_stages=STAGES):
+            words, scale, zero, xs = _tile(
+                x, qweight, scales, zeros, o, m, split * EACH + turn, INPUTS, G, BLOCK_W, WHOLE
+            )
+            acc = _added(acc, words, scale, zero, xs, one, BLOCK_O, BLOCK_W, DOT)
+    else:
+        words, scale, zero, xs = _tile(x, qweight, scales, zeros, o, m, split * EACH, INPUTS, G, BLOCK_W, WHOLE)
+        for turn in range(1, EACH):
+            now = words, scale, zero, xs
+            words, scale, zero, xs = _tile(
+                x, qweight, scales, zeros, o, m, split * EACH + turn, INPUTS, G, BLOCK_W, WHOLE
+            )  # under way while the tile before is multiplied
+            acc = _added(acc, now[0], now[1], now[2], now[3], one, BLOCK_O, BLOCK_W, DOT)
+        acc = _added(acc, words, scale, zero, xs, one, BLOCK_O, BLOCK_W, DOT)
     place = row[None, :] * outputs + column[:, None]
     inside = (column < outputs)[:, None] & (row < rows)[None, :]
     last = True
@@ -123,7 +131,14 @@ def reserve(device: torch.device) -> None:
 
 
 # (rows, outputs, inputs) -> what `benchmarks/int4_kernels.py stage=tune` found fastest, for up to 8, 16, 32, ... rows
-TUNED: dict[tuple[int, int, int], GemmConfig] = {}
+TUNED: dict[tuple[int, int, int], GemmConfig] = {
+    (8, 2048, 2048): GemmConfig(16, 32, 8, 1, 16),
+    (8, 2048, 11008): GemmConfig(64, 16, 8, 4, 16, 3),
+    (8, 2560, 2048): GemmConfig(32, 16, 8, 2, 16),
+    (8, 22016, 2048): GemmConfig(16, 16, 1, 1, 16, 3),
+    (16, 2048, 11008): GemmConfig(64, 16, 8, 4, 16, 3),
+    (16, 22016, 2048): GemmConfig(16, 16, 1, 1, 16, 3),
+}
 
 
 def config_for(outputs: int, inputs: int, rows: int) -> GemmConfig:
@@ -162,7 +177,8 @@ def gemm(
     _gemm[(tiles, splits)](
         x, qweight.view(torch.int32), scales, zeros, bias, parts, tickets, out, rows, outputs, ONE,
         INPUTS=inputs, G=inputs // scales.shape[1], BIAS=bias is not None, SPLITS=splits, BLOCK_M=config.block_m,
-        BLOCK_O=config.block_o, BLOCK_W=config.block_w, DOT=tl.bfloat16 if x.is_cuda else tl.float32,
+        BLOCK_O=config.block_o, BLOCK_W=config.block_w, STAGES=config.stages,
+        DOT=tl.bfloat16 if x.is_cuda else tl.float32,
         num_warps=config.warps, num_stages=1, **launched(config.early),
     )  # fmt: skip
     return out

@@ -193,7 +193,12 @@ def _gemv(x, qweight, scales, zeros, bias, gain, residual, out, outputs, one, ep
 
 
 # (rows, outputs, inputs) -> what `benchmarks/int4_kernels.py stage=tune` found fastest, for 1, 2 and 3 to 4 rows
-TUNED: dict[tuple[int, int, int], GemvConfig] = {}
+TUNED: dict[tuple[int, int, int], GemvConfig] = {
+    (1, 2048, 2048): GemvConfig(8, 256, 4),
+    (1, 2048, 11008): GemvConfig(4, 512, 4),
+    (1, 2560, 2048): GemvConfig(8, 256, 4),
+    (1, 22016, 2048): GemvConfig(4, 256, 2),
+}
 
 
 def config_for(outputs: int, inputs: int, rows: int) -> GemvConfig:
