@@ -198,6 +198,7 @@ TUNED: dict[tuple[int, int, int], GemvConfig] = {
     (1, 2048, 11008): GemvConfig(4, 512, 4),
     (1, 2560, 2048): GemvConfig(8, 256, 4),
     (1, 22016, 2048): GemvConfig(4, 256, 2),
+    (2, 22016, 2048): GemvConfig(8, 256, 4),
 }
 
 
