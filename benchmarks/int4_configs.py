@@ -47,11 +47,6 @@ def gemvs(label: str, shape: tuple[int, int], rows: int) -> list[Candidate]:
     wide = shape[1] > 4096
     words = ((256, 2), (512, 4), (1024, 8), (2048, 8)) if wide else ((256, 1), (256, 2), (256, 4), (128, 1))
     configs = [GemvConfig(block_o, *each) for block_o, each in product((2, 4, 8, 16), words)]
-    # a stretch of words shorter than the threads: each reads its own part of x, none goes through shared memory
-    configs += [GemvConfig(*each) for each in ((32, 128, 8), (16, 64, 4), (8, 64, 4), (8, 32, 2), (4, 32, 2))]
-    if rows == 1:  # more rows unroll to kernels that take a minute to compile
-        sizes = product((2, 4), (4, 8) if wide else (2, 4))
-        configs += [GemvConfig(block_o, 32 * warps, warps, lanes=True) for block_o, warps in sizes]
     around = Surroundings(label)
     return [
         Candidate(
@@ -92,7 +87,7 @@ def gemms(shape: tuple[int, int], rows: int) -> list[Candidate]:
     if not 2 < rows <= 128:
         return []
     block_m = max(16, min(64, 1 << (rows - 1).bit_length()))
-    sizes = product(((16, 1), (32, 2), (64, 4), (64, 8), (128, 8)), (16, 32), (1, 2, 4, 8), (1, 3))
+    sizes = product(((16, 1), (32, 2), (64, 4)), (16, 32), (1, 2, 4, 8), (3, 4))
     configs = [
         GemmConfig(block_o, block_w, splits, warps, block_m, stages)
         for (block_o, warps), block_w, splits, stages in sizes

@@ -32,14 +32,12 @@ ONE = 0x3F800000  # 1.0 as bits; an argument rather than a constant, so that and
 
 @dataclass(frozen=True)
 class GemvConfig:
-    """block_o: rows a program. block_w: words of 8 codes at a time, a power of two. warps: they share block_w.
-    lanes: the kernel of `gemv_lanes`, a thread for a word; block_w is 32 times the warps."""
+    """block_o: rows a program. block_w: words of 8 codes at a time, a power of two. warps: they share block_w."""
 
     block_o: int = 8
     block_w: int = 256
     warps: int = 2
     early: bool = False
-    lanes: bool = False
 
 
 @triton.jit
@@ -251,12 +249,7 @@ def gemv(
     block_w = max(min(config.block_w, triton.next_power_of_2(inputs // 8)), group // 8)
     if out is None:
         out = torch.empty((rows, outputs), dtype=torch.bfloat16, device=x.device)
-    kernel = _gemv
-    if config.lanes:
-        from lance_quant.runtime.kernels.gemv_lanes import _gemv_lanes as kernel
-
-        block_w = 32 * config.warps
-    kernel[(triton.cdiv(outputs, config.block_o),)](
+    _gemv[(triton.cdiv(outputs, config.block_o),)](
         x.view(torch.int64), qweight.view(torch.int32), scales, zeros, bias,
         None if around.gain is None else around.gain.view(torch.int64), around.residual, out, outputs, ONE, around.eps,
         ROWS=rows, INPUTS=inputs, G=group, BIAS=bias is not None, NORM=around.gain is not None,
