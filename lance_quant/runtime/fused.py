@@ -20,7 +20,7 @@ from lance_quant.runtime.backends import triton_gemv
 from lance_quant.runtime.beside import Beside
 from lance_quant.runtime.dequantized import Ahead
 from lance_quant.runtime.int4_linear import Int4Linear, fuse
-from lance_quant.runtime.kernels.early import early
+from lance_quant.runtime.kernels.early import can_start_early, early
 from lance_quant.runtime.ops import Heads, Place, QKNorm, add_rms_norm, place_heads, silu_mul
 from lance_quant.runtime.selection import choose
 
@@ -272,7 +272,7 @@ class FusedDecoder(Decoder):
 class Streams:
     """What may run at a time on a GPU. beside: the understanding expert's few rows while the other one multiplies.
     ahead: so many linears of the generation expert ahead is a weight made from its codes; 0: when its turn comes.
-    early: a decoding step's kernels start before their predecessors end."""
+    early: a decoding step's kernels start before their predecessors end, where the GPU can do that."""
 
     beside: bool = False
     ahead: int = 0
@@ -281,7 +281,7 @@ class Streams:
 
 def use_streams(decoder: FusedDecoder, streams: Streams) -> None:
     """Take these from the next call on; what is recorded already keeps its own."""
-    decoder.early = streams.early and decoder.norm.weight.is_cuda
+    decoder.early = streams.early and can_start_early(decoder.norm.weight.device)
     decoder.beside = Beside(decoder.norm.weight.device) if streams.beside else None
     linears = [linear for layer in decoder.layers for linear in layer.gen.linears()]
     packed = all(isinstance(linear, Int4Linear) and linear.terms is None for linear in linears)

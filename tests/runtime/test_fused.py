@@ -20,6 +20,7 @@ from lance_quant.model.understanding import answer, forced_logits
 from lance_quant.runtime import fused
 from lance_quant.runtime.accelerate import accelerate, answer_together
 from lance_quant.runtime.fused import Streams, use_streams
+from lance_quant.runtime.kernels.early import can_start_early
 from tests.random_checkpoint import random_checkpoint
 from tests.random_int4 import random_int4
 
@@ -139,6 +140,13 @@ def test_what_stands_around_a_product_in_the_gemv(pair, monkeypatch):
     whole, nothing = expert.write(x, attended)
     assert nothing is None
     close(whole, written + added)
+
+
+@pytest.mark.parametrize(("capability", "can"), [((8, 9), False), ((9, 0), True), ((12, 0), True)])
+def test_early_starts_need_a_gpu_that_has_them(monkeypatch, capability, can):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert can_start_early(torch.device("cuda")) == can
+    assert not can_start_early(torch.device("cpu"))
 
 
 def test_linears_of_one_input_are_one_product(pair):

@@ -11,7 +11,15 @@ mean the end of all before it.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 _on = [False]
+
+
+def can_start_early(device: torch.device) -> bool:
+    """Whether the device can do it; an older one cannot even compile it."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @contextmanager
