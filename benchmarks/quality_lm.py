@@ -66,7 +66,7 @@ ABLATION = {
     "gptq_group_clip": ("fast", {"rounding": ["gptq"]}),
     "fast_damping_0.01": ("fast", {"damping": 0.01}),
     "fast_damping_0.1": ("fast", {"damping": 0.1}),
-    "fast_no_descent": ("fast", {"descent": 0}),
+    "fast_descent": ("fast", {"descent": 3}),
     "best_no_descent": ("best", {"descent": 0}),
     "fast_all_rows": ("fast", {"heldout": 0.0}),
     "best_all_rows": ("best", {"heldout": 0.0}),
