@@ -285,7 +285,8 @@ def read_tensors(job: LayerJob, device: str) -> dict[str, Tensor]:
         reader.read_all(tensors)
     tensors = {key: tensor.float() for key, tensor in tensors.items()}
     finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
-    for key in (key for key, good in zip(tensors, finite, strict=True) if not good):
+    if not all(finite):
+        key = list(tensors)[finite.index(False)]
         raise LanceQuantError(f"{job.checkpoint.model_file}: '{key}' holds NaN or infinity: fetch the file again")
     return tensors
 
@@ -311,14 +312,14 @@ def inputs_of(job: LayerJob, capture: Capture, tensors: dict[str, Tensor], devic
     if recipe.needs_sequences:
         block = Block(job.checkpoint.config, job.layer, capture.sequences, device)
         counts = {(task, key[0]): weight for key, site in sites.items() for task, weight in site.weights.items()}
-        if not (recipe.sequential and job.layer):
-            wanted, computed = block.read(tensors)
-            taught = lessons(block, tensors, counts, wanted)
-        else:
+        if recipe.sequential and job.layer:
             taught = lessons(block, tensors, counts)
             block.enter(read_prefix(job))
             taught = [replace(lesson, batch=batch) for lesson, batch in zip(taught, block.batches, strict=True)]
             computed = block.site_rows(tensors)
+        else:
+            wanted, computed = block.read(tensors)
+            taught = lessons(block, tensors, counts, wanted)
     if recipe.evidence == ["rows"]:
         return gather(job, sites, block, taught, device)
     whole = {}

@@ -32,11 +32,10 @@ def states() -> dict[str, str]:
     with get_client(sync_client=True) as client:
         (newest,) = client.read_flow_runs(sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=1)
         runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id={"any_": [newest.id]}))
-    names = {
+    return {
         run.name if run.name.startswith("search") else run.name.rsplit("-", 1)[0]: run.state and run.state.name
         for run in runs
     }
-    return names
 
 
 def settled(expected: dict[str, str]) -> bool:
