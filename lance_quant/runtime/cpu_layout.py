@@ -27,7 +27,7 @@ def pack_rows(codes: Tensor, rows: int) -> Tensor:
     """uint8 codes [O, I] -> uint8 [O, I/2]: at each input of a block, row r in the low nibble beside r + rows / 2."""
     outputs, inputs = codes.shape
     low, high = codes.view(-1, rows, inputs).transpose(1, 2).chunk(2, dim=-1)
-    return (low | (high << 4)).reshape(outputs, inputs // 2)
+    return (low | (high << 4)).contiguous().view(outputs, inputs // 2)  # of one block it is a view in another order
 
 
 def unpack_rows(packed: Tensor, rows: int) -> Tensor:

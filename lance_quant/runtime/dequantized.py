@@ -1,6 +1,7 @@
 """`triton_dequant_cublas`: many rows of x by codes that become bf16 first, piece by piece or one linear ahead.
 
     chunked(linear, x)                   # pieces into one buffer of the device, each multiplied at once
+    gated(gate_up, x)                    # the same with SiLU-times behind each piece, whose outputs lie in the L2 yet
     Ahead(linears, depth=1)              # the next linear's weight is made on a stream of its own meanwhile
 
 Pieces begin and end at multiples of 256 outputs: cuBLAS then finds whole tiles, and rows of the result start at 16
@@ -15,11 +16,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lance_quant.runtime.ops import silu_mul
+
 if TYPE_CHECKING:
     from lance_quant.runtime.int4_linear import Int4Linear
 
 PIECE_ELEMENTS = 12 * 2**20  # at a time: 25 MB of bf16, half an H100's L2, fastest there of 6, 12, 24 and 48
-TILE = 256  # outputs
+GATED_ROWS = 2304  # of x at a time: with 5,632 outputs 396 tiles of 128 x 256, three for each of an H100's processors
+TILE, TILE_ROWS = 256, 128  # outputs and rows
 ALIGNED = 8  # bf16 in 16 bytes
 BUFFERS = 4  # of `Ahead`: one for each linear of a layer, so that small ones need no room for large ones
 
@@ -51,20 +55,55 @@ def chunked(linear: "Int4Linear", x: Tensor, elements: int | None = None) -> Ten
         return torch.nn.functional.linear(x, _dequantized(linear, parts[0], buffer), linear.bias)
     out = x.new_empty(len(x), linear.out_features)
     for rows in parts:
-        weight = _dequantized(linear, rows, buffer)
-        if linear.bias is None:
-            torch.mm(x, weight.T, out=out[:, rows])
-        else:
-            torch.addmm(linear.bias[rows], x, weight.T, out=out[:, rows])
+        bias = None if linear.bias is None else linear.bias[rows]
+        _product(x, _dequantized(linear, rows, buffer), bias, out[:, rows])
     return out
 
 
-def _dequantized(linear: "Int4Linear", rows: slice, buffer: Tensor) -> Tensor:
+def gated(gate_up: "Int4Linear", x: Tensor, elements: int | None = None, most: int = GATED_ROWS) -> Tensor:
+    """silu(gate) * up of x bf16 [M, I] -> [M, O / 2], `most` rows of x and a piece of gate and up at a time.
+
+    Gate and up never exist as a whole: a step reads and writes them in the L2 cache instead of memory.
+    """
+    half, inputs = gate_up.out_features // 2, gate_up.in_features
+    parts = pieces(half, 2 * inputs, elements)
+    widest = parts[0].stop - parts[0].start
+    buffer = _buffer(x.device, max(elements or PIECE_ELEMENTS, 2 * widest * inputs))
+    steps = _even(len(x), most)
+    out, room = x.new_empty(len(x), half), x.new_empty(steps[0].stop * 2 * widest)
+    for part in parts:
+        width = 2 * (part.stop - part.start)
+        weight = _dequantized(gate_up, part, buffer, half)
+        bias = None if gate_up.bias is None else torch.cat((gate_up.bias[:half][part], gate_up.bias[half:][part]))
+        for rows in steps:
+            both = room[: (rows.stop - rows.start) * width].view(-1, width)
+            _product(x[rows], weight, bias, both)
+            silu_mul(both, out[rows, part])
+    return out
+
+
+def _even(rows: int, most: int) -> list[slice]:
+    """So many rows in steps of whole tiles' height, none above `most`."""
+    step = ceil(ceil(rows / ceil(rows / most)) / TILE_ROWS) * TILE_ROWS
+    return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(x, weight.T, out=out)
+    else:
+        torch.addmm(bias, x, weight.T, out=out)
+
+
+def _dequantized(linear: "Int4Linear", rows: slice, buffer: Tensor, further: int = 0) -> Tensor:
+    """Rows of the weight, and behind them those that lie `further` rows further on."""
     from lance_quant.runtime.kernels.dequantize import dequantize
 
     count = rows.stop - rows.start
-    weight = buffer[: count * linear.in_features].view(count, linear.in_features)
-    return dequantize(linear.qweight[rows], linear.scales[rows], linear.zeros[rows], weight)
+    gap = (count, further - count) if further else (0, 0)
+    rows = slice(rows.start, rows.stop + further)
+    weight = buffer[: (2 if further else 1) * count * linear.in_features].view(-1, linear.in_features)
+    return dequantize(linear.qweight[rows], linear.scales[rows], linear.zeros[rows], weight, gap=gap)
 
 
 def reserve(device: torch.device) -> None:

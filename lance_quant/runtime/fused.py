@@ -18,7 +18,7 @@ from lance_quant.model.routing import Routing, Twin
 from lance_quant.runtime.attention import StaticCache, attend_kept
 from lance_quant.runtime.backends import triton_gemv
 from lance_quant.runtime.beside import Beside
-from lance_quant.runtime.dequantized import Ahead
+from lance_quant.runtime.dequantized import Ahead, gated, triton_dequant_cublas
 from lance_quant.runtime.int4_linear import Int4Linear, fuse
 from lance_quant.runtime.kernels.early import can_start_early, early
 from lance_quant.runtime.ops import Heads, Place, QKNorm, add_rms_norm, place_heads, silu_mul
@@ -64,6 +64,13 @@ def by_gemv(linear: nn.Module, x: torch.Tensor) -> bool:
     return isinstance(linear, Int4Linear) and choose(linear, x.reshape(-1, x.shape[-1])) is triton_gemv
 
 
+def by_pieces(linear: nn.Module, x: torch.Tensor) -> bool:
+    """Whether as many rows as x has are multiplied by pieces of the weight made bf16."""
+    if not isinstance(linear, Int4Linear) or linear.ahead is not None:
+        return False
+    return choose(linear, x.reshape(-1, x.shape[-1])) is triton_dequant_cublas
+
+
 def within(linear: Int4Linear, x: torch.Tensor, **around) -> torch.Tensor:
     """x [..., I] by a linear with what `gemv.Around` says -> [..., outputs]."""
     from lance_quant.runtime.kernels.gemv import Around, gemv
@@ -74,7 +81,11 @@ def within(linear: Int4Linear, x: torch.Tensor, **around) -> torch.Tensor:
 
 def active(gate_up: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up of x."""
-    return within(gate_up, x, silu_mul=True) if by_gemv(gate_up, x) else silu_mul(gate_up(x))
+    if by_gemv(gate_up, x):
+        return within(gate_up, x, silu_mul=True)
+    if by_pieces(gate_up, x):
+        return gated(gate_up, x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+    return silu_mul(gate_up(x))
 
 
 @dataclass(frozen=True)
@@ -225,14 +236,15 @@ class FusedDecoder(Decoder):
         self.config, self.rope_inv_freq_bf16 = decoder.config, decoder.rope_inv_freq_bf16
         self.embed_tokens, self.norm, self.norm_moe_gen = decoder.embed_tokens, decoder.norm, decoder.norm_moe_gen
         self.beside: Beside | None = None
-        self.early = False
+        self.early, self.one_stream = False, True
         self.layers = decoder.layers
         for index, layer in enumerate(decoder.layers):
             self.layers[index] = FusedLayer(layer)  # one at a time: the plain one's memory is free before the next
 
     def forward(self, hidden, positions, routing, spans=None, cache=None, keep=True):
         call = self.call(hidden, positions, routing, spans, cache)
-        states = self._through(routing.split(hidden), self._fused(call, call.caches))
+        with early(self.early and self.one_stream):
+            states = self._through(routing.split(hidden), self._fused(call, call.caches))
         if keep:
             for each in call.caches:
                 each.advance(hidden.shape[1])
@@ -272,7 +284,7 @@ class FusedDecoder(Decoder):
 class Streams:
     """What may run at a time on a GPU. beside: the understanding expert's few rows while the other one multiplies.
     ahead: so many linears of the generation expert ahead is a weight made from its codes; 0: when its turn comes.
-    early: a decoding step's kernels start before their predecessors end, where the GPU can do that."""
+    early: kernels start before their predecessors end, where the GPU can do that; denoising so on one stream alone."""
 
     beside: bool = False
     ahead: int = 0
@@ -282,6 +294,7 @@ class Streams:
 def use_streams(decoder: FusedDecoder, streams: Streams) -> None:
     """Take these from the next call on; what is recorded already keeps its own."""
     decoder.early = streams.early and can_start_early(decoder.norm.weight.device)
+    decoder.one_stream = not (streams.beside or streams.ahead)  # of several, early starts were never tried
     decoder.beside = Beside(decoder.norm.weight.device) if streams.beside else None
     linears = [linear for layer in decoder.layers for linear in layer.gen.linears()]
     packed = all(isinstance(linear, Int4Linear) and linear.terms is None for linear in linears)

@@ -58,9 +58,9 @@ def add_rms_norm(
     return kernels(x, "add_rms_norm", plain_add_rms_norm)(x, y, weight, eps)
 
 
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up of [..., 2 I], gate first."""
-    return kernels(gate_up, "silu_mul", plain_silu_mul)(gate_up)
+def silu_mul(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """silu(gate) * up of [..., 2 I], gate first. out: where it goes, contiguous or columns of a matrix."""
+    return kernels(gate_up, "silu_mul", plain_silu_mul)(gate_up, out)
 
 
 def place_heads(
@@ -82,9 +82,9 @@ def plain_add_rms_norm(x, y, weight, eps):
     return x, rms_norm(x, weight, eps)
 
 
-def plain_silu_mul(gate_up):
+def plain_silu_mul(gate_up, out=None):
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return torch.mul(F.silu(gate), up, out=out)
 
 
 def plain_place_heads(qkv, tables, norm, wide, place, out):

@@ -47,7 +47,8 @@ def add_rms_norm(x, y, weight, eps):
 
 
 @triton.jit
-def _silu_mul(gate_up, out, size, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+def _silu_mul(gate_up, out, size, step, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    """step: from row to row of out."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -58,15 +59,16 @@ def _silu_mul(gate_up, out, size, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     up = tl.load(gate_up + row * 2 * size + size + at, inside, 0.0).to(tl.float32)
     dtype = out.dtype.element_ty
     active = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    tl.store(out + row * size + at, (active * up).to(dtype), inside)
+    tl.store(out + row * step + at, (active * up).to(dtype), inside)
 
 
-def silu_mul(gate_up):
+def silu_mul(gate_up, out=None):
     gate_up = gate_up.contiguous()
     size = gate_up.shape[-1] // 2
-    out = gate_up.new_empty(*gate_up.shape[:-1], size)
+    if out is None:
+        out = gate_up.new_empty(*gate_up.shape[:-1], size)
     grid = (out.numel() // size, triton.cdiv(size, SILU_BLOCK))
-    _silu_mul[grid](gate_up, out, size, SILU_BLOCK, **launched())
+    _silu_mul[grid](gate_up, out, size, out.stride(-2), SILU_BLOCK, **launched())
     return out
 
 

@@ -54,6 +54,14 @@ def test_a_linear_that_the_cpu_kernel_does_not_serve_stays_as_it_is():
         assert distance(linear(x), exact(x)) < CLOSE
 
 
+@pytest.mark.parametrize("outputs", [32, 64])
+def test_a_single_block_in_the_cpu_layout(outputs):
+    linear, exact = random_int4(outputs, 64, 32)
+    linear.to_cpu_layout()
+    x = torch.randn(3, 64).bfloat16()
+    assert linear.qweight.is_contiguous() and distance(linear(x), exact(x)) < CLOSE
+
+
 def test_kept_bf16_weights_serve_many_rows():
     linear, exact = random_int4(64, 64, 32, bias=True)
     linear.keep_dense()

@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from lance_quant.runtime import dequantized  # noqa: E402
-from lance_quant.runtime.dequantized import PIECE_ELEMENTS, TILE, Ahead, chunked, pieces  # noqa: E402
+from lance_quant.runtime.dequantized import PIECE_ELEMENTS, TILE, Ahead, chunked, gated, pieces  # noqa: E402
 from lance_quant.runtime.measure import SHAPES  # noqa: E402
 from tests.random_int4 import distance, random_int4  # noqa: E402
 
@@ -35,6 +35,17 @@ def test_pieces_make_the_whole_product(bias):
     assert len(pieces(40, 64, 64 * 16)) == 3
     assert distance(chunked(linear, x, 64 * 16), exact(x)) < CLOSE
     assert distance(chunked(linear, x), exact(x)) < CLOSE
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("rows", "most"), [(9, 2304), (300, 128)])
+def test_gated_is_silu_times_of_the_whole_product(rows, most, bias):
+    linear, exact = random_int4(80, 64, 32, bias)
+    x = torch.randn(rows, 64).bfloat16()
+    gate, up = exact(x).chunk(2, -1)
+    for elements in (2 * 64 * 16, None):
+        ours = gated(linear, x, elements, most)
+        assert ours.shape == (rows, 40) and distance(ours, torch.nn.functional.silu(gate) * up) < 2 * CLOSE
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])

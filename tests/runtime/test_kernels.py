@@ -68,3 +68,5 @@ def test_dequantize(outputs, inputs, group):
     config = DequantizeConfig(32, 2, 1)
     got = dequantize(linear.qweight, linear.scales, linear.zeros, torch.empty(outputs, inputs), config)
     assert torch.equal(got, linear.weight(torch.float32))
+    got = dequantize(*linear.packed, torch.empty(outputs - 1, inputs), config, gap=(1, 1))
+    assert torch.equal(got, linear.weight(torch.float32)[[0, *range(2, outputs)]])

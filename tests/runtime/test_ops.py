@@ -25,7 +25,12 @@ def test_add_rms_norm():
 
 def test_silu_mul():
     gate_up = random(2, 3, 2 * 1100)
-    torch.testing.assert_close(ops_triton.silu_mul(gate_up), ops.plain_silu_mul(gate_up))
+    plain = ops.plain_silu_mul(gate_up)
+    torch.testing.assert_close(ops_triton.silu_mul(gate_up), plain)
+    for form in (ops_triton.silu_mul, ops.plain_silu_mul):  # into columns of a wider matrix
+        wide = random(6, 1200)
+        form(gate_up.view(6, -1), wide[:, 64:1164])
+        torch.testing.assert_close(wide[:, 64:1164], plain.view(6, -1))
 
 
 @pytest.mark.parametrize("rows", [2, 70])

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lance_quant.runtime.kernels.early import launched
+
 ONE = 0x3F800000  # 1.0 as bits; an argument rather than a constant, so that and-or becomes one instruction
 
 
@@ -42,22 +44,28 @@ def _weights(words, scale, shift, one):
 
 
 @triton.jit
-def _dequantize(qweight, scales, zeros, out, words, one, GW: tl.constexpr, BLOCK: tl.constexpr, TURNS: tl.constexpr,
-                WHOLE: tl.constexpr):  # fmt: skip
+def _dequantize(qweight, scales, zeros, out, words, first, skipped, one, GW: tl.constexpr, BLOCK: tl.constexpr,
+                TURNS: tl.constexpr, WHOLE: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+    """Words `first` on come from `skipped` words further on."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     start = tl.program_id(0) * (BLOCK * TURNS)
     held = ()
     for turn in tl.static_range(TURNS):
         w = start + turn * BLOCK + tl.arange(0, BLOCK)
+        there = w < words
+        w += tl.where(w < first, 0, skipped)
         if WHOLE:
             read = (tl.load(qweight + w), tl.load(scales + w // GW), tl.load(zeros + w // GW))
         else:
-            there = w < words
             read = (
                 tl.load(qweight + w, there, 0),
                 tl.load(scales + w // GW, there, 0.0),
                 tl.load(zeros + w // GW, there, 0),
             )
         held += (read,)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()  # the product before may still read what is written now
     for turn in tl.static_range(TURNS):
         codes, scale, zero = held[turn]
         scale = scale.to(tl.float32)
@@ -71,22 +79,29 @@ def _dequantize(qweight, scales, zeros, out, words, one, GW: tl.constexpr, BLOCK
 
 
 def dequantize(
-    qweight: Tensor, scales: Tensor, zeros: Tensor, out: Tensor | None = None, config: DequantizeConfig | None = None
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    out: Tensor | None = None,
+    config: DequantizeConfig | None = None,
+    gap: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """Contiguous rows of the native layout -> the weight [O, I], contiguous, in `out`'s float dtype, bf16 where it is
-    made here.
+    made here. gap: (rows that come first, rows that are left out behind them).
 
     Each is rounded once. Groups of a multiple of 8; fewer than 2^31 weights.
     """
-    outputs, inputs = len(qweight), 2 * qweight.shape[1]
+    first, skipped = gap
+    outputs, inputs = len(qweight) - skipped, 2 * qweight.shape[1]
     group = inputs // scales.shape[1]
     config = config or DequantizeConfig()
     if out is None:
         out = torch.empty((outputs, inputs), dtype=torch.bfloat16, device=qweight.device)
-    words = outputs * inputs // 8
+    words, row = outputs * inputs // 8, inputs // 8
     each = config.words * config.turns
     _dequantize[(triton.cdiv(words, each),)](
-        qweight.view(torch.int32), scales, zeros, out, words, ONE,
+        qweight.view(torch.int32), scales, zeros, out, words, first * row, skipped * row, ONE,
         GW=group // 8, BLOCK=config.words, TURNS=config.turns, WHOLE=words % each == 0, num_warps=config.warps,
+        **launched(),
     )  # fmt: skip
     return out
