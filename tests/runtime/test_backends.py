@@ -56,7 +56,7 @@ def test_a_linear_that_the_cpu_kernel_does_not_serve_stays_as_it_is():
 
 @pytest.mark.parametrize("outputs", [32, 64])
 def test_a_single_block_in_the_cpu_layout(outputs):
-    linear, exact = random_int4(outputs, 64, 32)
+    (linear, _), (_, exact) = (random_int4(outputs, 64, 32) for _ in range(2))
     linear.to_cpu_layout()
     x = torch.randn(3, 64).bfloat16()
     assert linear.qweight.is_contiguous() and distance(linear(x), exact(x)) < CLOSE
