@@ -6,6 +6,7 @@ Host memory is anonymous and shared memory of all processes under a root, file p
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -15,7 +16,8 @@ COUNTED = ("RssAnon", "RssShmem")
 
 
 class Meter:
-    """Context manager; `host_bytes`, `pinned_bytes` and `gpu_bytes` are peaks, the last two of this process.
+    """Context manager; `host_bytes`, `pinned_bytes` and `gpu_bytes` are peaks, the last two of this process. host_at:
+    when the first one was, as time.time() tells it.
 
     root: the process whose tree is measured, this one where None; it may be set later.
     """
@@ -23,6 +25,7 @@ class Meter:
     def __init__(self, root: int | None = None):
         self.root = os.getpid() if root is None else root
         self.host_bytes = self.pinned_bytes = 0
+        self.host_at = 0.0
         self.gpu_bytes = self.gpu_reserved_bytes = None
         self._done = threading.Event()
 
@@ -46,7 +49,9 @@ class Meter:
 
     def _sample(self) -> None:
         while True:
-            self.host_bytes = max(self.host_bytes, host_bytes(self.root))
+            held = host_bytes(self.root)
+            if held > self.host_bytes:
+                self.host_bytes, self.host_at = held, time.time()
             if self._done.wait(SAMPLE_SECONDS):
                 return
 

@@ -86,12 +86,17 @@ def stage_run(bench: Bench) -> dict:
     for stage, entry in stages.items():
         units = f" in {entry['count']} units" if entry["count"] > 1 else ""
         bench.tell(f"full_run: {stage}", f"{entry['seconds']:.1f} s{units}, there {entry['at']:.0f} s after the start")
-    bench.tell("full_run: host memory, all processes", gigabytes(meter.host_bytes + pinned))
+    peak_at = meter.host_at - begun
+    during = next((stage for stage, entry in stages.items() if entry["at"] >= peak_at), "the end")
+    bench.tell(
+        "full_run: host memory, all processes",
+        f"{gigabytes(meter.host_bytes + pinned)}, {peak_at:.0f} s after the start, in {during}",
+    )
     bench.tell(
         "full_run: GPU memory", f"{gigabytes(peaks.get('gpu'))}, reserved {gigabytes(peaks.get('gpu_reserved'))}"
     )
     found = {"seconds": seconds, "stages": stages, "exit_code": process.returncode, "stopped": stopped}
-    return found | {"host_bytes": meter.host_bytes, "pinned_bytes": pinned} | peaks
+    return found | {"host_bytes": meter.host_bytes, "host_in": during, "pinned_bytes": pinned} | peaks
 
 
 @contextlib.contextmanager

@@ -62,12 +62,12 @@ def bucket_resize(image: Image.Image, edge: int) -> Image.Image:
 def _unit(images: list[Image.Image]) -> torch.Tensor:
     """[3, T, H, W] float32 in [0, 1]."""
     frames = torch.from_numpy(np.stack([np.asarray(image, dtype=np.uint8) for image in images]))
-    return frames.permute(3, 0, 1, 2).float() / 255
+    return frames.permute(3, 0, 1, 2).float().div_(255)  # in place here and below: a clip is 240 MB
 
 
 def vae_pixels(frames: list[Image.Image], edge: int) -> torch.Tensor:
     """RGB frames -> [3, T, H, W] in [-1, 1] at the VAE's bucket."""
-    return (_unit([bucket_resize(frame, edge) for frame in frames]) - 0.5) / 0.5
+    return _unit([bucket_resize(frame, edge) for frame in frames]).sub_(0.5).div_(0.5)
 
 
 def vit_pixels(frames: list[Image.Image], edge: int) -> torch.Tensor:
@@ -77,7 +77,7 @@ def vit_pixels(frames: list[Image.Image], edge: int) -> torch.Tensor:
     rows, columns = height // VIT_STRIDE * VIT_STRIDE, width // VIT_STRIDE * VIT_STRIDE
     top, left = round((height - rows) / 2), round((width - columns) / 2)
     pixels = pixels[:, :, top : top + rows, left : left + columns]
-    return (pixels - torch.tensor(VIT_MEAN).view(3, 1, 1, 1)) / torch.tensor(VIT_STD).view(3, 1, 1, 1)
+    return pixels.sub_(torch.tensor(VIT_MEAN).view(3, 1, 1, 1)).div_(torch.tensor(VIT_STD).view(3, 1, 1, 1))
 
 
 def vit_patches(pixels: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
