@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lance_quant.runtime.kernels.dequantize import DequantizeConfig, dequantize
+from lance_quant.runtime.kernels.few import MOST_ROWS as FEW_ROWS
+from lance_quant.runtime.kernels.few import FewConfig, few
 from lance_quant.runtime.kernels.gemm import GemmConfig, gemm
 from lance_quant.runtime.kernels.gemv import MOST_ROWS as GEMV_ROWS
 from lance_quant.runtime.kernels.gemv import Around, GemvConfig, gemv
@@ -82,9 +84,46 @@ class Surroundings:
         return wide + 1 if self.added else wide
 
 
+# tiles, warps, splits, stretch, ahead
+MANY_OUTPUTS = (
+    (1, 8, 1, 256, 1), (1, 4, 1, 256, 2), (1, 4, 1, 256, 1), (1, 2, 1, 256, 4), (1, 2, 1, 256, 2),
+    (1, 8, 1, 128, 2), (1, 4, 1, 128, 4), (1, 4, 1, 128, 2), (1, 2, 1, 128, 4), (1, 4, 1, 512, 1), (1, 2, 1, 512, 2),
+    (2, 8, 1, 256, 1), (2, 4, 1, 256, 1), (2, 4, 1, 256, 2), (2, 8, 1, 128, 2), (2, 8, 1, 128, 1), (2, 4, 1, 128, 2),
+    (2, 4, 1, 128, 4), (2, 2, 1, 128, 4), (4, 8, 1, 128, 1), (4, 8, 1, 128, 2), (4, 4, 1, 128, 2),
+)  # fmt: skip
+FEW_OUTPUTS = (
+    (1, 8, 1, 256, 1), (1, 16, 1, 128, 1), (1, 8, 1, 128, 2), (1, 4, 1, 256, 2), (1, 4, 1, 128, 4), (1, 4, 1, 512, 1),
+    (1, 4, 2, 256, 1), (1, 4, 2, 128, 2), (1, 8, 2, 128, 1), (1, 2, 4, 256, 1), (1, 4, 4, 128, 1), (1, 2, 2, 256, 2),
+    (2, 8, 1, 256, 1), (2, 8, 1, 128, 2), (2, 8, 2, 128, 1), (2, 4, 2, 256, 1), (2, 4, 4, 128, 1),
+)  # fmt: skip
+LONG_INPUTS = (  # 43 stretches of 256 each
+    (1, 4, 4, 256, 3), (1, 4, 4, 256, 2), (1, 4, 11, 256, 1), (1, 4, 6, 256, 2), (1, 4, 3, 256, 2), (1, 4, 2, 256, 2),
+    (1, 8, 6, 256, 1), (1, 8, 3, 256, 2), (1, 8, 2, 256, 3), (1, 8, 2, 256, 2), (1, 8, 1, 256, 2),
+    (1, 16, 3, 256, 1), (1, 16, 1, 256, 2), (1, 2, 8, 256, 3), (1, 2, 11, 256, 2),
+    (1, 4, 6, 128, 4), (1, 4, 8, 128, 3), (1, 4, 11, 128, 2), (1, 8, 4, 128, 3), (1, 8, 3, 128, 4), (1, 16, 2, 128, 3),
+    (2, 4, 11, 256, 1), (2, 8, 6, 256, 1), (2, 8, 3, 256, 1), (2, 4, 6, 256, 1),
+    (2, 4, 11, 128, 2), (2, 4, 6, 128, 2), (2, 8, 4, 128, 2), (2, 8, 6, 128, 2), (2, 16, 3, 128, 2),
+)  # fmt: skip
+
+
+def fews(shape: tuple[int, int], rows: int) -> list[Candidate]:
+    """Those whose threads have 64 to 128 bytes of codes on their way, for the kind of shape."""
+    if not 1 < rows <= FEW_ROWS:
+        return []
+    sizes = LONG_INPUTS if shape[1] > 4096 else MANY_OUTPUTS if shape[0] > 4096 else FEW_OUTPUTS
+    return [
+        Candidate(
+            table="kernels/few.py TUNED",
+            config=config,
+            call=lambda linear, x, config=config: few(x, linear.packed, config=config),
+        )
+        for config in (FewConfig(*size) for size in sizes)
+    ]
+
+
 def gemms(shape: tuple[int, int], rows: int) -> list[Candidate]:
     """Those that give each of some 130 multiprocessors one to sixteen programs."""
-    if not 2 < rows <= 128:
+    if not FEW_ROWS < rows <= 128:
         return []
     block_m = max(16, min(64, 1 << (rows - 1).bit_length()))
     sizes = product(((16, 1), (32, 2), (64, 4)), (16, 32), (1, 2, 4, 8), (3, 4))

@@ -48,15 +48,15 @@ def _places(qweight, scales, zeros, first, step, INPUTS: tl.constexpr, G: tl.con
             WARPS: tl.constexpr, WIDE: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
     """Pointers to what 16 outputs from `first` on need of the stretch `step`, and of the WARPS - 1 after it.
 
-    Words [CHUNKS, GROUPS, 2, WARPS, 8; 4, WIDE], scales and zeros [2, WARPS, 8, 4; GROUPS], each in two dimensions, so
-    that the 32 threads of a warp lie along the last ones before WIDE and GROUPS. Which thread it is and what it reads
-    are added apart: the latter are constants of an instruction.
+    Words [CHUNKS, GROUPS, 2, WARPS, 8, 4; WIDE], scales and zeros [2, WARPS, 8, 4; GROUPS], in two dimensions, so that
+    the 32 threads of a warp lie along the 8 and the 4 and each reads the last dimension in one piece. Which thread it
+    is and what it reads are added apart: the latter are constants of an instruction.
     """
-    i = tl.arange(0, CHUNKS * GROUPS * 2 * WARPS * 8)[:, None]
-    at = (first + i % 8) * (INPUTS // 8) + (step + i // 8 % WARPS) * (GROUPS * G // 8)
-    more = i // (8 * WARPS) % 2 * INPUTS + i // (16 * WARPS) % GROUPS * (G // 8) + i // (16 * WARPS * GROUPS) * 4 * WIDE
-    word = tl.arange(0, 4 * WIDE)[None, :]  # taken apart so that no thread gets more than WIDE of them
-    words = qweight + (at + word // WIDE * WIDE) + (more + word % WIDE)
+    i = tl.arange(0, CHUNKS * GROUPS * 2 * WARPS * 32)[:, None]
+    at = (first + i // 4 % 8) * (INPUTS // 8) + (step + i // 32 % WARPS) * (GROUPS * G // 8) + (i % 4 ^ 1) * WIDE
+    group, chunk = i // (64 * WARPS) % GROUPS, i // (64 * WARPS * GROUPS)
+    more = i // (32 * WARPS) % 2 * INPUTS + group * (G // 8) + chunk * (4 * WIDE) + tl.arange(0, WIDE)[None, :]
+    words = qweight + at + more  # ^ 1: or a thread would get the word of the next one when WIDE is 1
     i = tl.arange(0, 2 * WARPS * 32)[:, None]
     at = (first + i // 4 % 8) * (INPUTS // G) + (step + i // 32 % WARPS) * GROUPS
     more = i // (32 * WARPS) * (8 * INPUTS // G) + tl.arange(0, GROUPS)[None, :]
@@ -74,8 +74,8 @@ def _read(places, turn: tl.constexpr, left, INPUTS: tl.constexpr, G: tl.constexp
     if WHOLE:
         return tl.load(words), tl.load(scales), tl.load(zeros)
     else:
-        there = (tl.arange(0, words.shape[0]) // 8 % WARPS < left - turn * WARPS)[:, None]
-        and_its_group = (tl.arange(0, 2 * WARPS * 32) // 32 % WARPS < left - turn * WARPS)[:, None]
+        there = (tl.arange(0, words.shape[0]) // 32 % WARPS < left - turn * WARPS)[:, None]
+        and_its_group = (tl.arange(0, 64 * WARPS) // 32 % WARPS < left - turn * WARPS)[:, None]
         return tl.load(words, there, 0), tl.load(scales, and_its_group, 0.0), tl.load(zeros, and_its_group, 0)
 
 
@@ -89,7 +89,7 @@ def _inputs(x, rows, step, turn: tl.constexpr, left, INPUTS: tl.constexpr, G: tl
     group, word = i // (8 * WARPS) % GROUPS, i // (8 * WARPS * GROUPS) % WIDE
     chunk = i // (8 * WARPS * GROUPS * WIDE) % CHUNKS
     code = tl.arange(0, 32)[None, :]  # 8 of a word, for 4 threads
-    at = m * INPUTS + (step + i // 8 % WARPS) * (GROUPS * G) + code // 8 * (8 * WIDE)
+    at = m * INPUTS + (step + i // 8 % WARPS) * (GROUPS * G) + (code // 8 ^ 1) * (8 * WIDE)
     xs = x + at + (turn * (WARPS * GROUPS * G) + group * G + chunk * (32 * WIDE) + word * 8 + code % 8)
     if WHOLE:
         v = tl.load(xs)
@@ -152,6 +152,8 @@ def _few(x, qweight, scales, zeros, bias, parts, tickets, out, rows, outputs, si
                 held += (_read(places[t], turn, left, INPUTS, G, GROUPS, WARPS, WHOLE),)
     if EARLY:
         tl.extra.cuda.gdc_wait()
+    else:
+        tl.debug_barrier()  # without it ptxas moves half of what is read ahead to where it is needed
     ones = tl.full((GROUPS * WARPS, 16, G), 1.0, DOT)
     for turn in tl.static_range(TURNS):
         xs = _inputs(x, rows, step, turn, left, INPUTS, G, GROUPS, WARPS, WIDE, CHUNKS, ROWS, WHOLE).to(DOT)
@@ -200,14 +202,14 @@ TUNED: dict[tuple[int, int, int], FewConfig] = {}
 
 
 def config_for(outputs: int, inputs: int, rows: int) -> FewConfig:
-    """As tuned; else so that some sixteen warps stand on each multiprocessor of an H100 and a warp reads all its codes
-    in two pieces, which nobody has measured."""
+    """As tuned; else so that all codes of a warp are on their way at once, 64 or 128 bytes a thread, and some 20 warps
+    stand on each multiprocessor of an H100 where there are outputs enough, which nobody has measured."""
     tuned = TUNED.get((max(2, triton.next_power_of_2(rows)), outputs, inputs))
     if tuned is not None:
         return tuned
-    stretches = triton.cdiv(inputs, 256)
-    warps = 4 if outputs >= 8192 else 8
-    return FewConfig(1, warps, max(1, min(16, round(stretches / (warps * 3)))))
+    if inputs > 2048:
+        return FewConfig(1, 4, min(16, triton.cdiv(inputs, 2048)), 128, 4)
+    return FewConfig(1, 4, 1, 256, 2) if outputs >= 8192 else FewConfig(1, 8, 1, 256, 1)
 
 
 def few(
