@@ -79,17 +79,19 @@ class Surroundings:
         if self.normed:
             wide = wide / (x.double().pow(2).mean(-1, keepdim=True) + EPS).sqrt()
         if self.silu_mul:
-            gate, up = wide.chunk(2, -1)
-            return F.silu(gate) * up
+            return silu_of(x, wide)
         return wide + 1 if self.added else wide
 
 
 # tiles, warps, splits, stretch, ahead
-MANY_OUTPUTS = (
-    (1, 8, 1, 256, 1), (1, 4, 1, 256, 2), (1, 4, 1, 256, 1), (1, 2, 1, 256, 4), (1, 2, 1, 256, 2),
-    (1, 8, 1, 128, 2), (1, 4, 1, 128, 4), (1, 4, 1, 128, 2), (1, 2, 1, 128, 4), (1, 4, 1, 512, 1), (1, 2, 1, 512, 2),
-    (2, 8, 1, 256, 1), (2, 4, 1, 256, 1), (2, 4, 1, 256, 2), (2, 8, 1, 128, 2), (2, 8, 1, 128, 1), (2, 4, 1, 128, 2),
-    (2, 4, 1, 128, 4), (2, 2, 1, 128, 4), (4, 8, 1, 128, 1), (4, 8, 1, 128, 2), (4, 4, 1, 128, 2),
+MANY_OUTPUTS = (  # with SiLU, so that a tile is 32 rows of W
+    (1, 8, 1, 256, 1), (1, 8, 1, 128, 2), (1, 8, 1, 128, 1), (1, 16, 1, 128, 1), (1, 4, 1, 256, 2), (1, 4, 1, 256, 1),
+    (1, 4, 1, 128, 4), (1, 4, 1, 128, 2), (1, 4, 1, 128, 1), (1, 4, 1, 512, 1), (1, 2, 1, 128, 4), (1, 2, 1, 128, 2),
+    (1, 2, 2, 256, 2), (1, 4, 2, 256, 1), (2, 8, 1, 128, 2), (2, 8, 1, 128, 1),
+)  # fmt: skip
+MANY_OUTPUTS_ALONE = (
+    (1, 8, 1, 256, 1), (1, 8, 1, 128, 2), (1, 4, 1, 256, 2), (1, 4, 1, 256, 1), (1, 4, 1, 128, 4), (1, 4, 1, 128, 2),
+    (1, 4, 1, 512, 1), (1, 2, 1, 256, 2), (1, 2, 1, 128, 4), (2, 8, 1, 256, 1), (2, 8, 1, 128, 1), (2, 4, 1, 128, 2),
 )  # fmt: skip
 FEW_OUTPUTS = (
     (1, 8, 1, 256, 1), (1, 16, 1, 128, 1), (1, 8, 1, 128, 2), (1, 4, 1, 256, 2), (1, 4, 1, 128, 4), (1, 4, 1, 512, 1),
@@ -106,19 +108,31 @@ LONG_INPUTS = (  # 43 stretches of 256 each
 )  # fmt: skip
 
 
-def fews(shape: tuple[int, int], rows: int) -> list[Candidate]:
-    """Those whose threads have 64 to 128 bytes of codes on their way, for the kind of shape."""
+def fews(label: str, shape: tuple[int, int], rows: int) -> list[Candidate]:
+    """Those whose threads have 64 to 128 bytes of codes on their way, for the kind of shape; gate and up with SiLU, and
+    some without."""
     if not 1 < rows <= FEW_ROWS:
         return []
-    sizes = LONG_INPUTS if shape[1] > 4096 else MANY_OUTPUTS if shape[0] > 4096 else FEW_OUTPUTS
-    return [
-        Candidate(
-            table="kernels/few.py TUNED",
-            config=config,
-            call=lambda linear, x, config=config: few(x, linear.packed, config=config),
-        )
-        for config in (FewConfig(*size) for size in sizes)
-    ]
+    sizes = LONG_INPUTS if shape[1] > 4096 else MANY_OUTPUTS_ALONE if shape[0] > 4096 else FEW_OUTPUTS
+    table = "kernels/few.py TUNED"
+    if label != "gate_up":
+        return [_few_candidate(FewConfig(*size), table) for size in sizes]
+    found = [_few_candidate(FewConfig(*size), table, silu_mul=True) for size in MANY_OUTPUTS]
+    return found + [_few_candidate(FewConfig(*size), "kernels/few.py, without SiLU") for size in sizes]
+
+
+def _few_candidate(config: FewConfig, table: str, silu_mul: bool = False) -> Candidate:
+    return Candidate(
+        table=table,
+        config=config,
+        call=lambda linear, x: few(x, linear.packed, config=config, silu_mul=silu_mul),
+        exact=silu_of if silu_mul else Candidate.exact,
+    )
+
+
+def silu_of(x: Tensor, wide: Tensor) -> Tensor:
+    gate, up = wide.chunk(2, -1)
+    return F.silu(gate) * up
 
 
 def gemms(shape: tuple[int, int], rows: int) -> list[Candidate]:

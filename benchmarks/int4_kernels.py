@@ -159,7 +159,8 @@ class Bench:
     def tune(self) -> None:
         for linears, rows, x in self.each():
             wide = x.double() @ linears.copies[0].weight(torch.float64).T
-            served = gemvs(linears.label, linears.shape, rows), fews(linears.shape, rows), gemms(linears.shape, rows)
+            label, shape = linears.label, linears.shape
+            served = gemvs(label, shape, rows), fews(label, shape, rows), gemms(shape, rows)
             for found in served:
                 self.candidates(linears, rows, x, found, lambda candidate, x=x, wide=wide: candidate.exact(x, wide))
 

@@ -20,11 +20,11 @@ TYPES = {
 }  # fmt: skip
 
 
-def compiled(inputs: int, group: int, config: FewConfig, rows: int = 8):
+def compiled(inputs: int, group: int, config: FewConfig, rows: int = 8, silu_mul: bool = False):
     fixed = {
-        "bias": None, "INPUTS": inputs, "G": group, "BIAS": False, "SPLITS": config.splits, "TILES": config.tiles,
-        "ROWS": rows, "WARPS": config.warps, "GROUPS": math.gcd(config.stretch // group, inputs // group),
-        "AHEAD": config.ahead, "DOT": tl.bfloat16, "EARLY": False,
+        "bias": None, "INPUTS": inputs, "G": group, "BIAS": False, "SILU_MUL": silu_mul, "SPLITS": config.splits,
+        "TILES": config.tiles, "ROWS": rows, "WARPS": config.warps, "AHEAD": config.ahead, "DOT": tl.bfloat16,
+        "GROUPS": math.gcd(config.stretch // group, inputs // group), "EARLY": False,
     }  # fmt: skip
     names = _few.arg_names
     aligned = {

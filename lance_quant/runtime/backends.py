@@ -99,7 +99,7 @@ def _triton_serves(linear: "Int4Linear") -> bool:
 
 
 def _few_serves(linear: "Int4Linear") -> bool:
-    return _triton_serves(linear) and linear.group_size >= 32 and linear.out_features >= 16
+    return _triton_serves(linear) and linear.group_size >= 32 and linear.out_features >= 32
 
 
 BACKENDS = {

@@ -78,6 +78,15 @@ def test_few(rows, config, outputs, inputs, group):
         assert distance(y, exact(x)) < CLOSE
 
 
+@pytest.mark.parametrize("config", [FewConfig(1, 2, 1, 64), FewConfig(2, 1, 2)])
+def test_few_with_silu_and_product(config):
+    linear, exact = random_int4(80, 256, 64, bias=True)
+    x = torch.randn(3, 256).bfloat16()
+    y = few(x, linear.packed, linear.bias, torch.empty(3, 40), config, silu_mul=True)
+    gate, up = exact(x).chunk(2, -1)
+    assert distance(y, torch.nn.functional.silu(gate) * up) < CLOSE
+
+
 def test_few_by_its_own_configs():
     linear, exact = random_int4(2568, 576, 64)
     x = torch.randn(8, 576).bfloat16()

@@ -1,6 +1,7 @@
 """`few`: y = x W' for 2 to 16 rows of x on tensor cores, codes and x read in the order in which the cores take them.
 
     y = few(x, linear.packed, linear.bias)
+    h = few(x, gate_up.packed, silu_mul=True)
 
 A warp makes 16 outputs of all rows from a stretch of inputs; the warps of a program share the inputs out, and so do
 programs (`splits`: the last one to come adds all in order, so that a call gives the same bits every time). A tensor
@@ -32,8 +33,8 @@ SIXTEEN = 0x41804180  # 16.0 twice as bf16; an argument rather than a constant, 
 
 @dataclass(frozen=True)
 class FewConfig:
-    """A program makes 16 * tiles outputs. warps: they share the inputs. stretch: inputs of a warp at a time, whole
-    groups. ahead: stretches whose codes are on their way."""
+    """A program makes 16 * tiles outputs, from twice as many rows of W with silu_mul. warps: they share the inputs.
+    stretch: inputs of a warp at a time, whole groups. ahead: stretches whose codes are on their way."""
 
     tiles: int = 1
     warps: int = 4
@@ -123,16 +124,38 @@ def _of_groups(v, GROUPS: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr)
 
 
 @triton.jit
+def _first(tile, outputs):
+    """Of a tile's 16 outputs. Some of the last tile are made twice, and written by the tile before it alone."""
+    return tl.minimum(tile * 16, outputs - 16)
+
+
+@triton.jit
+def _whole(y, parts, bias, row, column, inside, rows, outputs, BIAS: tl.constexpr, SPLITS: tl.constexpr):
+    """All splits' sums, in order, and the bias."""
+    if SPLITS > 1:
+        y = tl.zeros(y.shape, tl.float32)
+        for split in tl.static_range(SPLITS):
+            place = parts + (split * rows + row) * outputs + column
+            y += tl.load(place, inside, 0.0, cache_modifier=".cg")
+    if BIAS:
+        y += tl.load(bias + column).to(tl.float32)
+    return y
+
+
+@triton.jit
 def _few(x, qweight, scales, zeros, bias, parts, tickets, out, rows, outputs, sixteen, INPUTS: tl.constexpr,
-         G: tl.constexpr, BIAS: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
-         WARPS: tl.constexpr, GROUPS: tl.constexpr, AHEAD: tl.constexpr, DOT: tl.constexpr,
+         G: tl.constexpr, BIAS: tl.constexpr, SILU_MUL: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr,
+         ROWS: tl.constexpr, WARPS: tl.constexpr, GROUPS: tl.constexpr, AHEAD: tl.constexpr, DOT: tl.constexpr,
          EARLY: tl.constexpr):  # fmt: skip
-    """GROUPS: in a stretch. parts float32 [SPLITS, rows, outputs]; tickets int32 [programs], 0 before and after."""
+    """outputs: with SILU_MUL half of W's rows. GROUPS: in a stretch. parts float32 [SPLITS, rows, W's rows]; tickets
+    int32 [programs], 0 before and after."""
     STEPS: tl.constexpr = INPUTS // (G * GROUPS)
     TURNS: tl.constexpr = (STEPS + WARPS * SPLITS - 1) // (WARPS * SPLITS)
     WHOLE: tl.constexpr = STEPS == WARPS * SPLITS * TURNS
     WIDE: tl.constexpr = G // 32 if G < 128 else 4  # words a thread at a time
     CHUNKS: tl.constexpr = G // (32 * WIDE)
+    SIDES: tl.constexpr = 2 if SILU_MUL else 1  # gate and up of an output follow each other
+    MADE: tl.constexpr = TILES * SIDES
     program = tl.program_id(0)
     step = tl.program_id(1) * (TURNS * WARPS)
     left = STEPS - step
@@ -142,13 +165,13 @@ def _few(x, qweight, scales, zeros, bias, parts, tickets, out, rows, outputs, si
     places = ()
     held = ()
     acc = ()
-    for t in tl.static_range(TILES):
-        first = tl.minimum((program * TILES + t) * 16, outputs - 16)  # the last ones are made twice and written once
+    for t in tl.static_range(MADE):
+        first = _first(program * TILES + t // SIDES, outputs) + t % SIDES * outputs
         places += (_places(qweight, scales, zeros, first, step, INPUTS, G, GROUPS, WARPS, WIDE, CHUNKS),)
         acc += (tl.zeros((WARPS, 16, ROWS), tl.float32),)
     for turn in tl.static_range(TURNS):
         if turn < AHEAD:
-            for t in tl.static_range(TILES):
+            for t in tl.static_range(MADE):
                 held += (_read(places[t], turn, left, INPUTS, G, GROUPS, WARPS, WHOLE),)
     if EARLY:
         tl.extra.cuda.gdc_wait()
@@ -159,8 +182,8 @@ def _few(x, qweight, scales, zeros, bias, parts, tickets, out, rows, outputs, si
         xs = _inputs(x, rows, step, turn, left, INPUTS, G, GROUPS, WARPS, WIDE, CHUNKS, ROWS, WHOLE).to(DOT)
         total = tl.dot(ones, xs)
         added = ()
-        for t in tl.static_range(TILES):
-            words, scale, zero = held[turn * TILES + t]
+        for t in tl.static_range(MADE):
+            words, scale, zero = held[turn * MADE + t]
             if turn + AHEAD < TURNS:  # under way while this one is multiplied
                 held += (_read(places[t], turn + AHEAD, left, INPUTS, G, GROUPS, WARPS, WHOLE),)
             got = tl.dot(_placed(words, sixteen, G, GROUPS, WARPS, WIDE, CHUNKS).to(DOT), xs)
@@ -169,30 +192,29 @@ def _few(x, qweight, scales, zeros, bias, parts, tickets, out, rows, outputs, si
             got = tl.reshape(scale * (got - zero * total), (GROUPS, WARPS, 16, ROWS))
             added += (acc[t] + tl.sum(got, 0),)
         acc = added
+    y = ()
+    for t in tl.static_range(MADE):
+        y += (tl.sum(acc[t], 0),)
     row = tl.arange(0, ROWS)[None, :]
     last = True
     if SPLITS > 1:
-        for t in tl.static_range(TILES):
-            column = tl.minimum((program * TILES + t) * 16, outputs - 16) + tl.arange(0, 16)[:, None]
-            inside = (row < rows) & (column >= (program * TILES + t) * 16)
-            mine = parts + tl.program_id(1) * rows * outputs
-            tl.store(mine + row * outputs + column, tl.sum(acc[t], 0), inside)
+        for t in tl.static_range(MADE):
+            tile = program * TILES + t // SIDES
+            column = _first(tile, outputs) + tl.arange(0, 16)[:, None]
+            mine = parts + (tl.program_id(1) * rows + row) * (outputs * SIDES) + t % SIDES * outputs
+            tl.store(mine + column, y[t], (row < rows) & (column >= tile * 16))
         tl.debug_barrier()  # all threads' sums are written before one thread takes the ticket
         last = tl.atomic_add(tickets + program, 1, sem="acq_rel") == SPLITS - 1
     if last:
         for t in tl.static_range(TILES):
-            column = tl.minimum((program * TILES + t) * 16, outputs - 16) + tl.arange(0, 16)[:, None]
-            inside = (row < rows) & (column >= (program * TILES + t) * 16)
-            place = row * outputs + column
-            if SPLITS > 1:
-                y = tl.zeros((16, ROWS), tl.float32)
-                for split in tl.static_range(SPLITS):
-                    y += tl.load(parts + split * rows * outputs + place, inside, 0.0, cache_modifier=".cg")
-            else:
-                y = tl.sum(acc[t], 0)
-            if BIAS:
-                y += tl.load(bias + column).to(tl.float32)
-            tl.store(out + place, y.to(out.dtype.element_ty), inside)
+            tile = program * TILES + t
+            column = _first(tile, outputs) + tl.arange(0, 16)[:, None]
+            inside = (row < rows) & (column >= tile * 16)
+            value = _whole(y[t * SIDES], parts, bias, row, column, inside, rows, outputs * SIDES, BIAS, SPLITS)
+            if SILU_MUL:
+                up = _whole(y[t * 2 + 1], parts, bias, row, column + outputs, inside, rows, outputs * 2, BIAS, SPLITS)
+                value = value / (1 + tl.exp(-value)) * up
+            tl.store(out + row * outputs + column, value.to(out.dtype.element_ty), inside)
         if SPLITS > 1:
             tl.store(tickets + program, 0)
 
@@ -209,7 +231,7 @@ def config_for(outputs: int, inputs: int, rows: int) -> FewConfig:
         return tuned
     if inputs > 2048:
         return FewConfig(1, 4, min(16, triton.cdiv(inputs, 2048)), 128, 4)
-    return FewConfig(1, 4, 1, 256, 2) if outputs >= 8192 else FewConfig(1, 8, 1, 256, 1)
+    return FewConfig(1, 8, 1, 256, 1)
 
 
 def few(
@@ -218,27 +240,31 @@ def few(
     bias: Tensor | None = None,
     out: Tensor | None = None,
     config: FewConfig | None = None,
+    silu_mul: bool = False,
 ) -> Tensor:
-    """x bf16 [M, I], M at most MOST_ROWS, contiguous -> [M, O] in `out`'s float dtype, else bf16.
+    """x bf16 [M, I], M at most MOST_ROWS, contiguous -> [M, O] in `out`'s float dtype, else bf16; [M, O / 2] with
+    silu_mul, where the first half of the rows of W is the gate and silu(gate) * up comes out.
 
-    weight: qweight, scales, zeros; groups of a power of two, at least LEAST_GROUP, and at least LEAST_OUTPUTS outputs.
+    weight: qweight, scales, zeros; groups of a power of two, at least LEAST_GROUP, and at least LEAST_OUTPUTS
+    outputs.
     Calls on two streams would share memory.
     """
     qweight, scales, zeros = weight
     rows, inputs = x.shape
-    outputs, groups = scales.shape
-    config = config or config_for(outputs, inputs, rows)
+    all_outputs, groups = scales.shape
+    outputs = all_outputs // 2 if silu_mul else all_outputs
+    config = config or config_for(all_outputs, inputs, rows)
     if out is None:
         out = torch.empty((rows, outputs), dtype=torch.bfloat16, device=x.device)
     group = inputs // groups
     programs = triton.cdiv(outputs, 16 * config.tiles)
-    splits = config.splits if config.splits * rows * outputs <= FLOATS and programs <= TILES else 1
+    splits = config.splits if config.splits * rows * all_outputs <= FLOATS and programs <= TILES else 1
     parts, tickets = _room(x.device)
     _few[(programs, splits)](
         x, qweight.view(torch.int32), scales, zeros, bias, parts, tickets, out, rows, outputs, SIXTEEN,
-        INPUTS=inputs, G=group, BIAS=bias is not None, SPLITS=splits, TILES=config.tiles, ROWS=8 if rows <= 8 else 16,
-        WARPS=config.warps, GROUPS=math.gcd(max(1, config.stretch // group), groups), AHEAD=config.ahead,
-        DOT=tl.bfloat16 if x.is_cuda else tl.float32,
+        INPUTS=inputs, G=group, BIAS=bias is not None, SILU_MUL=silu_mul, SPLITS=splits, TILES=config.tiles,
+        ROWS=8 if rows <= 8 else 16, WARPS=config.warps, GROUPS=math.gcd(max(1, config.stretch // group), groups),
+        AHEAD=config.ahead, DOT=tl.bfloat16 if x.is_cuda else tl.float32,
         num_warps=config.warps, num_stages=1, **launched(config.early),
     )  # fmt: skip
     return out
