@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lance_quant.runtime.kernels.dequantize import DequantizeConfig, dequantize
+from lance_quant.runtime.kernels.few import MOST_ROWS as FEW_ROWS
+from lance_quant.runtime.kernels.few import FewConfig, few
 from lance_quant.runtime.kernels.gemm import GemmConfig, gemm
 from lance_quant.runtime.kernels.gemv import MOST_ROWS as GEMV_ROWS
 from lance_quant.runtime.kernels.gemv import Around, GemvConfig, gemv
@@ -77,14 +79,65 @@ class Surroundings:
         if self.normed:
             wide = wide / (x.double().pow(2).mean(-1, keepdim=True) + EPS).sqrt()
         if self.silu_mul:
-            gate, up = wide.chunk(2, -1)
-            return F.silu(gate) * up
+            return silu_of(x, wide)
         return wide + 1 if self.added else wide
+
+
+# tiles, warps, splits, stretch, ahead
+MANY_OUTPUTS = (  # with SiLU, so that a tile is 32 rows of W
+    (1, 8, 1, 256, 1), (1, 8, 1, 128, 2), (1, 8, 1, 128, 1), (1, 16, 1, 128, 1), (1, 4, 1, 256, 2), (1, 4, 1, 256, 1),
+    (1, 4, 1, 128, 4), (1, 4, 1, 128, 2), (1, 4, 1, 128, 1), (1, 4, 1, 512, 1), (1, 2, 1, 128, 4), (1, 2, 1, 128, 2),
+    (1, 2, 2, 256, 2), (1, 4, 2, 256, 1), (2, 8, 1, 128, 2), (2, 8, 1, 128, 1),
+)  # fmt: skip
+MANY_OUTPUTS_ALONE = (
+    (1, 8, 1, 256, 1), (1, 8, 1, 128, 2), (1, 4, 1, 256, 2), (1, 4, 1, 256, 1), (1, 4, 1, 128, 4), (1, 4, 1, 128, 2),
+    (1, 4, 1, 512, 1), (1, 2, 1, 256, 2), (1, 2, 1, 128, 4), (2, 8, 1, 256, 1), (2, 8, 1, 128, 1), (2, 4, 1, 128, 2),
+)  # fmt: skip
+FEW_OUTPUTS = (
+    (1, 8, 1, 256, 1), (1, 16, 1, 128, 1), (1, 8, 1, 128, 2), (1, 4, 1, 256, 2), (1, 4, 1, 128, 4), (1, 4, 1, 512, 1),
+    (1, 4, 2, 256, 1), (1, 4, 2, 128, 2), (1, 8, 2, 128, 1), (1, 2, 4, 256, 1), (1, 4, 4, 128, 1), (1, 2, 2, 256, 2),
+    (2, 8, 1, 256, 1), (2, 8, 1, 128, 2), (2, 8, 2, 128, 1), (2, 4, 2, 256, 1), (2, 4, 4, 128, 1),
+)  # fmt: skip
+LONG_INPUTS = (  # 43 stretches of 256 each
+    (1, 4, 4, 256, 3), (1, 4, 4, 256, 2), (1, 4, 11, 256, 1), (1, 4, 6, 256, 2), (1, 4, 3, 256, 2), (1, 4, 2, 256, 2),
+    (1, 8, 6, 256, 1), (1, 8, 3, 256, 2), (1, 8, 2, 256, 3), (1, 8, 2, 256, 2), (1, 8, 1, 256, 2),
+    (1, 16, 3, 256, 1), (1, 16, 1, 256, 2), (1, 2, 8, 256, 3), (1, 2, 11, 256, 2),
+    (1, 4, 6, 128, 4), (1, 4, 8, 128, 3), (1, 4, 11, 128, 2), (1, 8, 4, 128, 3), (1, 8, 3, 128, 4), (1, 16, 2, 128, 3),
+    (2, 4, 11, 256, 1), (2, 8, 6, 256, 1), (2, 8, 3, 256, 1), (2, 4, 6, 256, 1),
+    (2, 4, 11, 128, 2), (2, 4, 6, 128, 2), (2, 8, 4, 128, 2), (2, 8, 6, 128, 2), (2, 16, 3, 128, 2),
+)  # fmt: skip
+
+
+def fews(label: str, shape: tuple[int, int], rows: int) -> list[Candidate]:
+    """Those whose threads have 64 to 128 bytes of codes on their way, for the kind of shape; gate and up with SiLU, and
+    some without."""
+    if not 1 < rows <= FEW_ROWS:
+        return []
+    sizes = LONG_INPUTS if shape[1] > 4096 else MANY_OUTPUTS_ALONE if shape[0] > 4096 else FEW_OUTPUTS
+    table = "kernels/few.py TUNED"
+    if label != "gate_up":
+        return [_few_candidate(FewConfig(*size), table) for size in sizes]
+    found = [_few_candidate(FewConfig(*size), table, silu_mul=True) for size in MANY_OUTPUTS]
+    return found + [_few_candidate(FewConfig(*size), "kernels/few.py, without SiLU") for size in sizes]
+
+
+def _few_candidate(config: FewConfig, table: str, silu_mul: bool = False) -> Candidate:
+    return Candidate(
+        table=table,
+        config=config,
+        call=lambda linear, x: few(x, linear.packed, config=config, silu_mul=silu_mul),
+        exact=silu_of if silu_mul else Candidate.exact,
+    )
+
+
+def silu_of(x: Tensor, wide: Tensor) -> Tensor:
+    gate, up = wide.chunk(2, -1)
+    return F.silu(gate) * up
 
 
 def gemms(shape: tuple[int, int], rows: int) -> list[Candidate]:
     """Those that give each of some 130 multiprocessors one to sixteen programs."""
-    if not 2 < rows <= 128:
+    if not FEW_ROWS < rows <= 128:
         return []
     block_m = max(16, min(64, 1 << (rows - 1).bit_length()))
     sizes = product(((16, 1), (32, 2), (64, 4)), (16, 32), (1, 2, 4, 8), (3, 4))

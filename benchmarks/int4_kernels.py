@@ -7,7 +7,7 @@
     many        weights that become bf16 before cuBLAS: pieces of several sizes, beside bf16 weights
     dequantize  configs of that kernel alone
     tune        configs of the GEMV (1 to 4 rows, with the norm, SiLU and residual of a decode step) and of the
-                tensor-core kernel (3 rows and more), and the tables TUNED to paste into them
+                tensor-core kernels (2 to 16 rows; more), and the tables TUNED to paste into them
     table       every backend at every number of rows, and the table BUILT_IN to paste into selection.py
 
 Each number is a CUDA graph over 36 copies of a linear, as a decode step reads them. TB/s counts the bytes of the format
@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare machine has not installed the package
 
-from int4_configs import Candidate, dequantizers, gemms, gemvs  # noqa: E402
+from int4_configs import Candidate, dequantizers, fews, gemms, gemvs  # noqa: E402
 
 from lance_quant.errors import LanceQuantError  # noqa: E402
 from lance_quant.runtime.backends import BACKENDS  # noqa: E402
@@ -159,14 +159,16 @@ class Bench:
     def tune(self) -> None:
         for linears, rows, x in self.each():
             wide = x.double() @ linears.copies[0].weight(torch.float64).T
-            for found in (gemvs(linears.label, linears.shape, rows), gemms(linears.shape, rows)):
+            label, shape = linears.label, linears.shape
+            served = gemvs(label, shape, rows), fews(label, shape, rows), gemms(shape, rows)
+            for found in served:
                 self.candidates(linears, rows, x, found, lambda candidate, x=x, wide=wide: candidate.exact(x, wide))
 
     def table(self) -> None:
         for linears, rows, x in self.each():
             wide = x.double() @ linears.copies[0].weight(torch.float64).T
             self.row(linears, rows, "bf16 cuBLAS", lambda w, x=x: F.linear(x, w), linears.bf16(), wide)
-            for name in ("triton_gemv", "triton_gemm", "triton_dequant_cublas"):
+            for name in ("triton_gemv", "triton_few", "triton_gemm", "triton_dequant_cublas"):
                 backend = BACKENDS[name]
                 seconds = float("inf")
                 if self.settings.device == "cpu" or backend.serves(linears.copies[0], x):

@@ -20,7 +20,7 @@ from lance_quant.runtime.dequantized import triton_dequant_cublas
 if TYPE_CHECKING:
     from lance_quant.runtime.int4_linear import Int4Linear
 
-GEMV_ROWS = 4
+GEMV_ROWS, FEW_ROWS = 4, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,12 @@ def triton_gemv(linear: "Int4Linear", x: Tensor) -> Tensor:
     return gemv(x.contiguous(), linear.packed, linear.bias)
 
 
+def triton_few(linear: "Int4Linear", x: Tensor) -> Tensor:
+    from lance_quant.runtime.kernels.few import few
+
+    return few(x.contiguous(), linear.packed, linear.bias)
+
+
 def triton_gemm(linear: "Int4Linear", x: Tensor) -> Tensor:
     from lance_quant.runtime.kernels.gemm import gemm
 
@@ -92,12 +98,17 @@ def _triton_serves(linear: "Int4Linear") -> bool:
     return has_triton() and group >= 16 and group & (group - 1) == 0
 
 
+def _few_serves(linear: "Int4Linear") -> bool:
+    return _triton_serves(linear) and linear.group_size >= 32 and linear.out_features >= 32
+
+
 BACKENDS = {
     backend.name: backend
     for backend in (
         Backend(
             name="triton_gemv", run=triton_gemv, serves_linear=_triton_serves, devices=("cuda",), most_rows=GEMV_ROWS
         ),
+        Backend(name="triton_few", run=triton_few, serves_linear=_few_serves, devices=("cuda",), most_rows=FEW_ROWS),
         Backend(name="triton_gemm", run=triton_gemm, serves_linear=_triton_serves, devices=("cuda",)),
         Backend(
             name="triton_dequant_cublas", run=triton_dequant_cublas, serves_linear=_triton_serves, devices=("cuda",)

@@ -4,7 +4,7 @@ It takes over the weights of a plain decoder layer by layer, nn.Linear or Int4Li
 plain one serves; `step` is the decoding of one more token over a `StaticCache`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from lance_quant.model.decoder import Decoder, LanguageModel, Layer, RMSNorm
 from lance_quant.model.linear import Linear
 from lance_quant.model.routing import Routing, Twin
 from lance_quant.runtime.attention import StaticCache, attend_kept
-from lance_quant.runtime.backends import triton_gemv
+from lance_quant.runtime.backends import triton_few, triton_gemv
 from lance_quant.runtime.beside import Beside
 from lance_quant.runtime.dequantized import Ahead, gated, triton_dequant_cublas
 from lance_quant.runtime.int4_linear import Int4Linear, fuse
@@ -61,16 +61,19 @@ def _one_linear(linears: Sequence[nn.Linear]) -> nn.Linear:
     return one
 
 
+def goes_to(backend: Callable, linear: nn.Module, x: torch.Tensor) -> bool:
+    """Whether this backend multiplies as many rows as x has."""
+    return isinstance(linear, Int4Linear) and choose(linear, x.reshape(-1, x.shape[-1])) is backend
+
+
 def by_gemv(linear: nn.Module, x: torch.Tensor) -> bool:
-    """Whether as many rows as x has go to the GEMV over codes, which does what stands around in the same kernel."""
-    return isinstance(linear, Int4Linear) and choose(linear, x.reshape(-1, x.shape[-1])) is triton_gemv
+    """Whether x goes to the GEMV over codes, which does what stands around in the same kernel."""
+    return goes_to(triton_gemv, linear, x)
 
 
 def by_pieces(linear: nn.Module, x: torch.Tensor) -> bool:
     """Whether as many rows as x has are multiplied by pieces of the weight made bf16."""
-    if not isinstance(linear, Int4Linear) or linear.ahead is not None:
-        return False
-    return choose(linear, x.reshape(-1, x.shape[-1])) is triton_dequant_cublas
+    return goes_to(triton_dequant_cublas, linear, x) and linear.ahead is None
 
 
 def within(linear: Int4Linear, x: torch.Tensor, **around) -> torch.Tensor:
@@ -85,9 +88,19 @@ def active(gate_up: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up of x."""
     if by_gemv(gate_up, x):
         return within(gate_up, x, silu_mul=True)
+    if goes_to(triton_few, gate_up, x):
+        return few_active(gate_up, x)
     if by_pieces(gate_up, x):
         return gated(gate_up, x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
     return silu_mul(gate_up(x))
+
+
+def few_active(gate_up: Int4Linear, x: torch.Tensor) -> torch.Tensor:
+    """The same by the kernel for few rows, which does it where the product is made."""
+    from lance_quant.runtime.kernels.few import few
+
+    rows = x.reshape(-1, gate_up.in_features).contiguous()
+    return few(rows, gate_up.packed, gate_up.bias, silu_mul=True).view(*x.shape[:-1], -1)
 
 
 @dataclass(frozen=True)

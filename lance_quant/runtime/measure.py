@@ -20,7 +20,7 @@ from lance_quant.runtime.selection import Choice, write_table
 
 SHAPES = {"qkv": (2560, 2048), "o": (2048, 2048), "gate_up": (22016, 2048), "down": (2048, 11008)}  # fused, [O, I]
 ROWS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512)  # beyond the last: as for the last
-CANDIDATES = ("triton_gemv", "triton_gemm", "triton_dequant_cublas")
+CANDIDATES = ("triton_gemv", "triton_few", "triton_gemm", "triton_dequant_cublas")
 COLD_BYTES = 2**28  # several times the L2 of any GPU so far
 
 

@@ -24,7 +24,7 @@ from lance_quant.runtime.backends import BACKENDS
 if TYPE_CHECKING:
     from lance_quant.runtime.int4_linear import Int4Linear
 
-VERSION = 2  # of the tables' meaning: raised where kernels or configs change, so that GPUs are measured again
+VERSION = 3  # of the tables' meaning: raised where kernels or configs change, so that GPUs are measured again
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Int4Config:
 BUILT_IN = {
     "cuda": (
         Choice(2, "triton_gemv"),
+        Choice(16, "triton_few"),
         Choice(64, "triton_gemm"),
         Choice(None, "triton_dequant_cublas"),
     ),

@@ -140,6 +140,16 @@ def test_what_stands_around_a_product_in_the_gemv(pair, monkeypatch):
     close(whole, written + added)
 
 
+@torch.inference_mode()
+def test_silu_in_the_kernel_for_few_rows(monkeypatch):
+    gate_up, _ = random_int4(64, 128, 32)
+    x = torch.randn(2, 3, 128)
+    expected = fused.active(gate_up, x)
+    monkeypatch.setattr(fused, "few_active", lambda linear, x: fused.silu_mul(linear(x)) + 1)
+    monkeypatch.setattr(fused, "choose", lambda linear, x: fused.triton_few)
+    close(fused.active(gate_up, x), expected + 1)
+
+
 @pytest.mark.parametrize(("capability", "can"), [((8, 9), False), ((9, 0), True), ((12, 0), True)])
 def test_early_starts_need_a_gpu_that_has_them(monkeypatch, capability, can):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

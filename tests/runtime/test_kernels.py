@@ -1,6 +1,8 @@
 """Triton kernels in its interpreter, small shapes, against float64."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from lance_quant.runtime.kernels.dequantize import DequantizeConfig, dequantize  # noqa: E402
+from lance_quant.runtime.kernels.few import FewConfig, few  # noqa: E402
 from lance_quant.runtime.kernels.gemm import GemmConfig, gemm  # noqa: E402
 from lance_quant.runtime.kernels.gemv import Around, GemvConfig, gemv  # noqa: E402
 from tests.random_int4 import distance, random_int4  # noqa: E402
@@ -60,6 +63,53 @@ def test_gemm(rows, outputs, inputs, group, splits):
     for _ in range(2):  # the tickets are 0 again after a call
         y = gemm(x, linear.packed, linear.bias, torch.empty(rows, outputs), config)
         assert distance(y, exact(x)) < CLOSE
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 8, 9, 16])
+@pytest.mark.parametrize("config", [FewConfig(1, 4), FewConfig(2, 2, 2, 128, 1), FewConfig(1, 1, 3, 512)])
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "group"), [(16, 256, 32), (40, 576, 64), (24, 1152, 128), (33, 512, 256)]
+)
+def test_few(rows, config, outputs, inputs, group):
+    linear, exact = random_int4(outputs, inputs, group, bias=rows % 2 == 1)
+    x = torch.randn(rows, inputs).bfloat16()
+    for _ in range(2):  # the tickets are 0 again after a call
+        y = few(x, linear.packed, linear.bias, torch.empty(rows, outputs), config)
+        assert distance(y, exact(x)) < CLOSE
+
+
+@pytest.mark.parametrize("config", [FewConfig(1, 2, 1, 64), FewConfig(2, 1, 2)])
+def test_few_with_silu_and_product(config):
+    linear, exact = random_int4(80, 256, 64, bias=True)
+    x = torch.randn(3, 256).bfloat16()
+    y = few(x, linear.packed, linear.bias, torch.empty(3, 40), config, silu_mul=True)
+    gate, up = exact(x).chunk(2, -1)
+    assert distance(y, torch.nn.functional.silu(gate) * up) < CLOSE
+
+
+def test_few_by_its_own_configs():
+    linear, exact = random_int4(2568, 576, 64)
+    x = torch.randn(8, 576).bfloat16()
+    assert distance(few(x, linear.packed), exact(x)) < 2**-7  # bf16 that is cut off, as said above
+
+
+def test_few_keeps_digits_beside_a_large_activation():
+    linear, exact = random_int4(16, 128, 64, bias=False)
+    x = torch.randn(2, 128).bfloat16()
+    x[0, 5] = 8192
+    linear.qweight[:, 2] = linear.qweight[:, 2] & 15 | linear.zeros[:, 0] << 4  # the weight that meets it is 0
+    assert distance(few(x, linear.packed, out=torch.empty(2, 16)), exact(x)) < 4e-3
+
+
+@pytest.mark.parametrize("config", [FewConfig(1, 4), FewConfig(2, 8, 1, 128, 2), FewConfig(1, 4, 4)])
+@pytest.mark.parametrize(("inputs", "group"), [(2048, 64), (2048, 128), (2048, 32), (11008, 64)])
+def test_few_moves_nothing_through_shared_memory(config, inputs, group):
+    """But the sums of the warps: what makes it fast hangs on how Triton lays tensors out."""
+    sizes = (config.tiles, config.warps, config.splits, config.stretch, config.ahead)
+    command = [sys.executable, "-m", "tests.compiled_few", *map(str, (inputs, group, *sizes))]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["0"], done.stderr
 
 
 @pytest.mark.parametrize(("outputs", "inputs", "group"), [(5, 64, 32), (7, 384, 64), (8, 640, 128), (3, 1280, 256)])

@@ -130,15 +130,8 @@ def reserve(device: torch.device) -> None:
     _room(device)
 
 
-# (rows, outputs, inputs) -> what `benchmarks/int4_kernels.py stage=tune` found fastest, for up to 8, 16, 32, ... rows
-TUNED: dict[tuple[int, int, int], GemmConfig] = {
-    (8, 2048, 2048): GemmConfig(16, 32, 8, 1, 16),
-    (8, 2048, 11008): GemmConfig(64, 16, 8, 4, 16, 3),
-    (8, 2560, 2048): GemmConfig(32, 16, 8, 2, 16),
-    (8, 22016, 2048): GemmConfig(16, 16, 1, 1, 16, 3),
-    (16, 2048, 11008): GemmConfig(64, 16, 8, 4, 16, 3),
-    (16, 22016, 2048): GemmConfig(16, 16, 1, 1, 16, 3),
-}
+# (rows, outputs, inputs) -> what `benchmarks/int4_kernels.py stage=tune` found fastest, for up to 32, 64, ... rows
+TUNED: dict[tuple[int, int, int], GemmConfig] = {}
 
 
 def config_for(outputs: int, inputs: int, rows: int) -> GemmConfig:
