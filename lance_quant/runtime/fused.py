@@ -4,13 +4,11 @@ It takes over the weights of a plain decoder layer by layer, nn.Linear or Int4Li
 plain one serves; `step` is the decoding of one more token over a `StaticCache`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lance_quant.model.attention import Span, attend
 from lance_quant.model.cache import KVCache
@@ -228,20 +226,6 @@ class FusedLayer(nn.Module):
                 place_heads(rows[part], tables, expert.qk_norm, call.wide_qk, Place(places, start), out)
 
 
-CUDNN = False  # attention of many rows: cuDNN's before the flash kernels
-
-
-@contextmanager
-def attention_of(like: torch.Tensor, many: bool) -> Iterator[None]:
-    """The kernels that attention takes within. cuDNN makes a plan for each shape, which many steps must pay for."""
-    if not (CUDNN and many and like.is_cuda):
-        yield
-        return
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    with sdpa_kernel(order, set_priority=True):
-        yield
-
-
 def _split(rows: Sequence[torch.Tensor], routing: Routing) -> Twin:
     """Batch rows [1 or B, n, ...] -> each expert's, copied only where they must be."""
     if routing.gen is None:
@@ -272,8 +256,7 @@ class FusedDecoder(Decoder):
 
     def forward(self, hidden, positions, routing, spans=None, cache=None, keep=True):
         call = self.call(hidden, positions, routing, spans, cache)
-        many = routing.gen is not None and len(routing.gen) >= MANY_ROWS
-        with early(self.early and self.one_stream), attention_of(hidden, many):
+        with early(self.early and self.one_stream):
             states = self._through(routing.split(hidden), self._fused(call, call.caches))
         if keep:
             for each in call.caches:

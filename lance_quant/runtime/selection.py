@@ -52,7 +52,7 @@ class Int4Config:
 
 BUILT_IN = {
     "cuda": (
-        Choice(2, "triton_gemv"),
+        Choice(1, "triton_gemv"),
         Choice(16, "triton_few"),
         Choice(64, "triton_gemm"),
         Choice(None, "triton_dequant_cublas"),

@@ -219,8 +219,22 @@ def _few(x, qweight, scales, zeros, bias, parts, tickets, out, rows, outputs, si
             tl.store(tickets + program, 0)
 
 
-# (rows, outputs, inputs) -> what `benchmarks/int4_kernels.py stage=tune` found fastest, for 2, 4, 8 and 16 rows
-TUNED: dict[tuple[int, int, int], FewConfig] = {}
+# (rows, outputs, inputs) -> what `benchmarks/int4_kernels.py stage=tune` found fastest for 8 rows; 2 and 4 are the same
+# program, 16 another, which nobody has tuned
+TUNED: dict[tuple[int, int, int], FewConfig] = {
+    (2, 2048, 2048): FewConfig(1, 8, 1, 128, 2),
+    (2, 2048, 11008): FewConfig(2, 4, 6, 256, 1),
+    (2, 2560, 2048): FewConfig(1, 4, 1, 256, 2),
+    (2, 22016, 2048): FewConfig(1, 4, 1, 128, 2),
+    (4, 2048, 2048): FewConfig(1, 8, 1, 128, 2),
+    (4, 2048, 11008): FewConfig(2, 4, 6, 256, 1),
+    (4, 2560, 2048): FewConfig(1, 4, 1, 256, 2),
+    (4, 22016, 2048): FewConfig(1, 4, 1, 128, 2),
+    (8, 2048, 2048): FewConfig(1, 8, 1, 128, 2),
+    (8, 2048, 11008): FewConfig(2, 4, 6, 256, 1),
+    (8, 2560, 2048): FewConfig(1, 4, 1, 256, 2),
+    (8, 22016, 2048): FewConfig(1, 4, 1, 128, 2),
+}
 
 
 def config_for(outputs: int, inputs: int, rows: int) -> FewConfig:
