@@ -8,10 +8,12 @@ Pieces begin and end at multiples of 256 outputs: cuBLAS then finds whole tiles,
 bytes. With pieces of 1,524 outputs, all that 32 MB hold of a down projection, denoising lost 4.6 us a row on an H100.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from math import ceil
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 PIECE_ELEMENTS = 12 * 2**20  # at a time: 25 MB of bf16, half an H100's L2, fastest there of 6, 12, 24 and 48
 GATED_ROWS = 2304  # of x at a time: with 5,632 outputs 396 tiles of 128 x 256, three for each of an H100's processors
+MANY_ROWS = 8192  # above, tiles always come out even, and products of all rows at once are 1 % faster
 TILE, TILE_ROWS = 256, 128  # outputs and rows
 ALIGNED = 8  # bf16 in 16 bytes
 BUFFERS = 4  # of `Ahead`: one for each linear of a layer, so that small ones need no room for large ones
@@ -49,36 +52,34 @@ def triton_dequant_cublas(linear: "Int4Linear", x: Tensor) -> Tensor:
 
 def chunked(linear: "Int4Linear", x: Tensor, elements: int | None = None) -> Tensor:
     """Piece by piece through one buffer of the device. Calls on two streams would share the buffer."""
-    parts = pieces(linear.out_features, linear.in_features, elements)
-    buffer = _buffer(x.device, max(elements or PIECE_ELEMENTS, (parts[0].stop - parts[0].start) * linear.in_features))
+    parts = _parts(linear, elements or PIECE_ELEMENTS)
     if len(parts) == 1:
-        return torch.nn.functional.linear(x, _dequantized(linear, parts[0], buffer), linear.bias)
+        return torch.nn.functional.linear(x, parts[0].made(), linear.bias)
     out = x.new_empty(len(x), linear.out_features)
-    for rows in parts:
-        bias = None if linear.bias is None else linear.bias[rows]
-        _product(x, _dequantized(linear, rows, buffer), bias, out[:, rows])
+    for part in parts:
+        bias = None if linear.bias is None else linear.bias[part.rows]
+        _product(x, part.made(), bias, out[:, part.rows])
     return out
 
 
-def gated(gate_up: "Int4Linear", x: Tensor, elements: int | None = None, most: int = GATED_ROWS) -> Tensor:
+def gated(gate_up: "Int4Linear", x: Tensor, elements: int | None = None, most: int | None = None) -> Tensor:
     """silu(gate) * up of x bf16 [M, I] -> [M, O / 2], `most` rows of x and a piece of gate and up at a time.
 
     Gate and up never exist as a whole: a step reads and writes them in the L2 cache instead of memory.
     """
-    half, inputs = gate_up.out_features // 2, gate_up.in_features
-    parts = pieces(half, 2 * inputs, elements)
-    widest = parts[0].stop - parts[0].start
-    buffer = _buffer(x.device, max(elements or PIECE_ELEMENTS, 2 * widest * inputs))
-    steps = _even(len(x), most)
-    out, room = x.new_empty(len(x), half), x.new_empty(steps[0].stop * 2 * widest)
+    most = most or (GATED_ROWS if len(x) <= MANY_ROWS else len(x))
+    parts = _parts(gate_up, elements or PIECE_ELEMENTS, gated=True)
+    half, steps = gate_up.out_features // 2, _even(len(x), most)
+    out, room = x.new_empty(len(x), half), x.new_empty(steps[0].stop * len(parts[0].weight))
     for part in parts:
-        width = 2 * (part.stop - part.start)
-        weight = _dequantized(gate_up, part, buffer, half)
-        bias = None if gate_up.bias is None else torch.cat((gate_up.bias[:half][part], gate_up.bias[half:][part]))
+        weight, width = part.made(), len(part.weight)
+        bias = None
+        if gate_up.bias is not None:
+            bias = torch.cat((gate_up.bias[:half][part.rows], gate_up.bias[half:][part.rows]))
         for rows in steps:
             both = room[: (rows.stop - rows.start) * width].view(-1, width)
             _product(x[rows], weight, bias, both)
-            silu_mul(both, out[rows, part])
+            silu_mul(both, out[rows, part.rows])
     return out
 
 
@@ -95,15 +96,48 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Non
         torch.addmm(bias, x, weight.T, out=out)
 
 
-def _dequantized(linear: "Int4Linear", rows: slice, buffer: Tensor, further: int = 0) -> Tensor:
-    """Rows of the weight, and behind them those that lie `further` rows further on."""
-    from lance_quant.runtime.kernels.dequantize import dequantize
+@dataclass(frozen=True)
+class Part:
+    """Outputs `rows` of a linear: their weight in a buffer that others use too, and what makes it anew."""
+
+    rows: slice
+    weight: Tensor
+    make: Callable[[], None]
+
+    def made(self) -> Tensor:
+        self.make()
+        return self.weight
+
+
+_PARTS: WeakKeyDictionary = WeakKeyDictionary()  # linear -> what it was cut into: (codes' address, by what and how)
+
+
+def _parts(linear: "Int4Linear", elements: int, gated: bool = False) -> list[Part]:
+    """A weight in pieces, ready to be made. gated: each of `rows` of the first half and those of the second."""
+    qweight = linear.qweight
+    address, found = _PARTS.get(linear, (0, {}))
+    if address != qweight.data_ptr():
+        _PARTS[linear] = qweight.data_ptr(), (found := {})
+    parts = found.get((elements, gated))
+    if parts is None:
+        sides = 2 if gated else 1
+        outputs, inputs = linear.out_features // sides, linear.in_features
+        cut = pieces(outputs, sides * inputs, elements)
+        buffer = _buffer(qweight.device, max(elements, sides * (cut[0].stop - cut[0].start) * inputs))
+        parts = [_part(linear, rows, buffer, outputs if gated else 0) for rows in cut]
+        found[elements, gated] = parts
+    return parts
+
+
+def _part(linear: "Int4Linear", rows: slice, buffer: Tensor, further: int = 0) -> Part:
+    """further: with each row goes the one so many rows on, behind all of them."""
+    from lance_quant.runtime.kernels.dequantize import dequantizing
 
     count = rows.stop - rows.start
-    gap = (count, further - count) if further else (0, 0)
-    rows = slice(rows.start, rows.stop + further)
     weight = buffer[: (2 if further else 1) * count * linear.in_features].view(-1, linear.in_features)
-    return dequantize(linear.qweight[rows], linear.scales[rows], linear.zeros[rows], weight, gap=gap)
+    seen = slice(rows.start, rows.stop + further)
+    gap = (count, further - count) if further else (0, 0)
+    return Part(rows, weight, dequantizing(tuple(part[seen] for part in linear.packed), weight, gap=gap))
 
 
 def reserve(device: torch.device) -> None:
@@ -161,7 +195,7 @@ class Ahead:
 
     def _make(self, at: int) -> None:
         linear = self.linears[at]
-        _dequantized(linear, slice(0, linear.out_features), self.buffers[at % BUFFERS])
+        _part(linear, slice(0, linear.out_features), self.buffers[at % BUFFERS]).make()
 
     def _begin(self, at: int) -> None:
         if self.stream is None:

@@ -30,7 +30,7 @@ FRAME_LATENTS = SIDE * SIDE
 ALIGN = 8  # attention kernels want a bias whose rows are aligned
 
 # tokens that the slot must hold: a prompt, of understanding tasks with the answer
-SLOTS = {"x2t_image": 50, "t2i": 28, "image_edit": 14, "x2t_video": 58, "t2v": 36, "i2v": 14, "video_edit": 12}
+SLOTS = {"x2t_image": 50, "t2i": 28, "image_edit": 14, "x2t_video": 62, "t2v": 36, "i2v": 14, "video_edit": 12}
 
 
 def frames_of(task: str) -> int:

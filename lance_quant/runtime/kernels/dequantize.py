@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lance_quant.runtime.kernels.early import launched
+from lance_quant.runtime.kernels.launch import Launch
 
 ONE = 0x3F800000  # 1.0 as bits; an argument rather than a constant, so that and-or becomes one instruction
 
@@ -91,17 +91,28 @@ def dequantize(
 
     Each is rounded once. Groups of a multiple of 8; fewer than 2^31 weights.
     """
-    first, skipped = gap
-    outputs, inputs = len(qweight) - skipped, 2 * qweight.shape[1]
-    group = inputs // scales.shape[1]
-    config = config or DequantizeConfig()
     if out is None:
-        out = torch.empty((outputs, inputs), dtype=torch.bfloat16, device=qweight.device)
-    words, row = outputs * inputs // 8, inputs // 8
-    each = config.words * config.turns
-    _dequantize[(triton.cdiv(words, each),)](
-        qweight.view(torch.int32), scales, zeros, out, words, first * row, skipped * row, ONE,
-        GW=group // 8, BLOCK=config.words, TURNS=config.turns, WHOLE=words % each == 0, num_warps=config.warps,
-        **launched(),
-    )  # fmt: skip
+        shape = len(qweight) - gap[1], 2 * qweight.shape[1]
+        out = torch.empty(shape, dtype=torch.bfloat16, device=qweight.device)
+    dequantizing((qweight, scales, zeros), out, config, gap)()
     return out
+
+
+def dequantizing(
+    packed: tuple[Tensor, Tensor, Tensor],
+    out: Tensor,
+    config: DequantizeConfig | None = None,
+    gap: tuple[int, int] = (0, 0),
+) -> Launch:
+    """The same as a launch, to be made again whenever `out` has been given to something else."""
+    qweight, scales, zeros = packed
+    config = config or DequantizeConfig()
+    row = qweight.shape[1] // 4  # words
+    words, each = (len(qweight) - gap[1]) * row, config.words * config.turns
+    return Launch(
+        _dequantize,
+        (triton.cdiv(words, each), 1, 1),
+        (qweight.view(torch.int32), scales, zeros, out, words, gap[0] * row, gap[1] * row, ONE),
+        {"GW": row // scales.shape[1], "BLOCK": config.words, "TURNS": config.turns, "WHOLE": words % each == 0},
+        num_warps=config.warps,
+    )
