@@ -35,8 +35,17 @@ def row_streams(run: Run) -> dict:
 
 
 def row_early(run: Run) -> dict:
-    """Decoding: kernels that start before their predecessors end."""
+    """Kernels that start before their predecessors end: decoding, and a denoising step."""
     device, cached = run.models.device, run.cached
+    sample, state = run.drawing()
+    t = torch.tensor(T)
+    for form in ("bf16", "int4"):
+        flow = CachedFlow(run.form(form), sample, state, FlowConfig())
+        for early in (False, True):
+            with streams_of(run.form(form), Streams(early=early)):
+                recorded = RecordedFlow(flow)
+                value = milliseconds(lambda flow=recorded: flow.velocities(state, t, False), device)
+                run.put(f"denoising step, early {'on' if early else 'off'}", form, value, "ms")
     for form in ("bf16", "int4"):
         for batch in (1, 8):
             for early in (False, True):
