@@ -125,7 +125,7 @@ def quotas(sizes: Sequence[int], total: int) -> list[int]:
 
 @dataclass(frozen=True)
 class KeptSequence:
-    """A sample whose hidden states are kept: its context and, of a picture or clip, the block at a middle timestep."""
+    """A sample whose hidden states are kept: its context and, of a picture or clip, the block at one timestep."""
 
     job: int
     places: tuple[int, ...]
@@ -133,25 +133,41 @@ class KeptSequence:
 
 
 def kept_sequences(plan: Plan, tasks: Sequence[str], count: int, most: int) -> list[KeptSequence]:
-    """Up to `count` samples a task within `most` tokens in all: the shortest first, task after task."""
+    """Up to `count` samples a task within `most` tokens in all: the shortest first, task after task.
+
+    What is drawn is seen at another timestep in each sample of a task, from the middle of as many equal stretches of
+    its timesteps: what a layer gets at the end of a drawing is far from what it gets in the middle.
+    """
     by_task = defaultdict(list)
     by_job = defaultdict(list)
     for place, forward in enumerate(plan.forwards):
         if forward.branch == CONDITIONAL:
             by_job[forward.job].append(place)
-    for job, places in by_job.items():
-        blocks = [place for place in places if plan.forwards[place].step is not None]
-        whole = [place for place in places if plan.forwards[place].step is None] + blocks[len(blocks) // 2 :][:1]
-        tokens = sum(plan.forwards[place].end - plan.forwards[place].start for place in whole)
-        by_task[plan.forwards[places[0]].task].append(KeptSequence(job, tuple(whole), tokens))
+    for places in by_job.values():
+        by_task[plan.forwards[places[0]].task].append(places)
     out, left = [], most
     for turn in range(count):
-        candidates = [sorted(by_task[task], key=lambda one: one.tokens)[turn : turn + 1] for task in tasks]
-        for one in sorted((one for each in candidates for one in each), key=lambda one: one.tokens):
+        candidates = []
+        for task in tasks:
+            samples = sorted(by_task[task], key=lambda places: _kept(plan, places, 0.0).tokens)
+            if turn < len(samples):
+                candidates.append(_kept(plan, samples[turn], (turn + 0.5) / min(count, len(samples))))
+        for one in sorted(candidates, key=lambda one: one.tokens):
             if one.tokens <= left:
                 out.append(one)
                 left -= one.tokens
     return sorted(out, key=lambda one: one.job)
+
+
+def _kept(plan: Plan, places: Sequence[int], share: float) -> KeptSequence:
+    """A sample's forwards, of those of its block the one at that share of them."""
+    forwards = {place: plan.forwards[place] for place in places}
+    blocks = [place for place in places if forwards[place].step is not None]
+    whole = [place for place in places if forwards[place].step is None]
+    if blocks:
+        whole.append(blocks[int(share * len(blocks))])
+    tokens = sum(forwards[place].end - forwards[place].start for place in whole)
+    return KeptSequence(forwards[places[0]].job, tuple(whole), tokens)
 
 
 @dataclass(frozen=True)

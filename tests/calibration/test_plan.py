@@ -118,7 +118,9 @@ def test_sequences_keep_within_their_tokens():
     plan = make_plan(JOBS, TASKS, CalibrationConfig())
     kept = kept_sequences(plan, TASKS, 2, 1000)
     assert [(one.job, one.tokens) for one in kept] == [(1, 30), (2, 452), (3, 122)]
-    assert plan.forwards[kept[1].places[-1]].step.index == 4  # neither the first nor the last timestep
+    assert [plan.forwards[one.places[-1]].step.index for one in kept[1:]] == [6, 2]  # of 8, the shorter sample first
+    (alone,) = kept_sequences(plan, ["t2i"], 1, 1000)
+    assert plan.forwards[alone.places[-1]].step.index == 4  # neither the first nor the last timestep
     assert kept_sequences(plan, TASKS, 0, 1000) == []
 
 
