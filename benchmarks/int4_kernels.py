@@ -38,7 +38,7 @@ from lance_quant.errors import LanceQuantError  # noqa: E402
 from lance_quant.runtime.backends import BACKENDS  # noqa: E402
 from lance_quant.runtime.dequantized import chunked  # noqa: E402
 from lance_quant.runtime.int4_linear import Int4Linear  # noqa: E402
-from lance_quant.runtime.measure import SHAPES, cold_seconds, random_linear, table_from  # noqa: E402
+from lance_quant.runtime.measure import CANDIDATES, SHAPES, cold_seconds, random_linear, table_from  # noqa: E402
 
 ALL_SHAPES = SHAPES | {"kv": (256, 2048), "q": (2048, 2048), "gate": (11008, 2048), "tiny": (64, 256)}
 STAGES = ("many", "dequantize", "tune", "table")
@@ -168,7 +168,7 @@ class Bench:
         for linears, rows, x in self.each():
             wide = x.double() @ linears.copies[0].weight(torch.float64).T
             self.row(linears, rows, "bf16 cuBLAS", lambda w, x=x: F.linear(x, w), linears.bf16(), wide)
-            for name in ("triton_gemv", "triton_few", "triton_gemm", "triton_dequant_cublas"):
+            for name in CANDIDATES:
                 backend = BACKENDS[name]
                 seconds = float("inf")
                 if self.settings.device == "cpu" or backend.serves(linears.copies[0], x):

@@ -14,7 +14,7 @@ from lance_quant.model.understanding import answer
 from lance_quant.runtime.accelerate import accelerate
 from lance_quant.runtime.dequantized import PIECE_ELEMENTS
 from lance_quant.runtime.graphs import RecordedFlow
-from lance_quant.runtime.kernels import gemm
+from lance_quant.runtime.kernels import splits
 from lance_quant.runtime.swap import load_packed
 
 
@@ -78,7 +78,7 @@ def drawn(run: Run, what: str, sample: Sample, state: torch.Tensor, cfg: FlowCon
 
 def shared_bytes() -> int:
     """The buffers that the int4 kernels of a GPU share."""
-    return 2 * PIECE_ELEMENTS + 4 * (gemm.FLOATS + gemm.TILES)
+    return 2 * PIECE_ELEMENTS + 4 * (splits.FLOATS + splits.TICKETS)
 
 
 def row_first_token(run: Run) -> dict:

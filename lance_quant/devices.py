@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -21,6 +22,13 @@ def has_triton() -> bool:
 def on_triton(x: Tensor) -> bool:
     """Whether a Triton kernel can take this tensor."""
     return x.is_cuda and has_triton()
+
+
+def current(name: str) -> AbstractContextManager:
+    """Makes a GPU the thread's own: a Triton kernel runs there, wherever its tensors are."""
+    import torch
+
+    return torch.cuda.device(name) if name.startswith("cuda") else nullcontext()
 
 
 def choose_device(name: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from lance_quant.devices import exact_device, found_devices
+from lance_quant.devices import current, exact_device, found_devices
 from tasks.config import SMALL_WIDTH, RunnerConfig
 from tasks.store import Artifact, Kept
 
@@ -73,7 +73,8 @@ class Devices:
         name = self._take()
         try:
             with _shared_cores() if name == "cpu" and width < SMALL_WIDTH else contextlib.nullcontext():
-                yield name
+                with current(name):
+                    yield name
         finally:
             self._free.put(name)
 

@@ -1,4 +1,8 @@
-"""Compiles `few` for an H100 without one: python -m tests.compiled_few INPUTS GROUP TILES WARPS SPLITS STRETCH AHEAD
+"""Compiles `few` for an H100 without one:
+
+    python -m tests.compiled_few INPUTS GROUP ROWS SILU TILES WARPS SPLITS STRETCH AHEAD
+
+ROWS 8 or 16, SILU 0 or 1.
 
 Prints how often tensors change threads before the last product of the tensor cores.
 """
@@ -20,7 +24,7 @@ TYPES = {
 }  # fmt: skip
 
 
-def compiled(inputs: int, group: int, config: FewConfig, rows: int = 8, silu_mul: bool = False):
+def compiled(inputs: int, group: int, rows: int, silu_mul: bool, config: FewConfig):
     fixed = {
         "bias": None, "INPUTS": inputs, "G": group, "BIAS": False, "SILU_MUL": silu_mul, "SPLITS": config.splits,
         "TILES": config.tiles, "ROWS": rows, "WARPS": config.warps, "AHEAD": config.ahead, "DOT": tl.bfloat16,
@@ -43,5 +47,5 @@ def changes(ptx: str) -> int:
 
 
 if __name__ == "__main__":
-    inputs, group, *sizes = map(int, sys.argv[1:])
-    print(changes(compiled(inputs, group, FewConfig(*sizes)).asm["ptx"]))
+    inputs, group, rows, silu_mul, *sizes = map(int, sys.argv[1:])
+    print(changes(compiled(inputs, group, rows, bool(silu_mul), FewConfig(*sizes)).asm["ptx"]))

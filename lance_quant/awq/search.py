@@ -10,7 +10,6 @@ Layers know nothing of each other: any number of workers gives the same bytes.
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from math import inf, sqrt
 from pathlib import Path
@@ -56,6 +55,7 @@ from lance_quant.checkpoint.layout import (
 from lance_quant.checkpoint.native import FOLDED, PLAIN, UNSEEN
 from lance_quant.checkpoint.reader import TensorReader
 from lance_quant.checkpoint.writer import TensorSpec, TensorWriter
+from lance_quant.devices import current
 from lance_quant.errors import LanceQuantError
 
 __all__ = ["INGREDIENTS", "LAYER_FILE", "LINEARS", "LINEARS_FILE", "LayerJob", "search_layer"]
@@ -357,11 +357,6 @@ def write_prefix(states: dict[int, Tensor], out: Path) -> None:
     with TensorWriter(out / PREFIX_FILE, specs) as writer:
         for spec in writer.specs:
             writer.write(spec.name, states[int(spec.name)])
-
-
-def current(device: str) -> AbstractContextManager:
-    """Makes a GPU the thread's own: a Triton kernel runs there, wherever its tensors are."""
-    return torch.cuda.device(device) if device.startswith("cuda") else nullcontext()
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lance_quant.runtime.int4_linear import Int4Linear
 
 GEMV_ROWS, FEW_ROWS = 4, 16
+FEW_GROUP, FEW_OUTPUTS = 32, 32  # at least; outputs twice what a tile has, for gate and up make a tile each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,18 +89,19 @@ def reserve(device: torch.device) -> None:
     """Make the memory that a GPU's backends share now: made while a graph is captured, it would belong to the graph."""
     dequantized.reserve(device)
     if has_triton():
-        from lance_quant.runtime.kernels import gemm
+        from lance_quant.runtime.kernels import splits
 
-        gemm.reserve(device)
+        splits.room(device)
 
 
 def _triton_serves(linear: "Int4Linear") -> bool:
+    """Not codes in the CPU's layout, which a model that went to a GPU later still has."""
     group = linear.group_size
-    return has_triton() and group >= 16 and group & (group - 1) == 0
+    return has_triton() and linear.terms is None and group >= 16 and group & (group - 1) == 0
 
 
 def _few_serves(linear: "Int4Linear") -> bool:
-    return _triton_serves(linear) and linear.group_size >= 32 and linear.out_features >= 32
+    return _triton_serves(linear) and linear.group_size >= FEW_GROUP and linear.out_features >= FEW_OUTPUTS
 
 
 BACKENDS = {

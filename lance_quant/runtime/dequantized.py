@@ -109,21 +109,27 @@ class Part:
         return self.weight
 
 
-_PARTS: WeakKeyDictionary = WeakKeyDictionary()  # linear -> what it was cut into: (codes' address, by what and how)
+_PARTS: WeakKeyDictionary = WeakKeyDictionary()  # linear -> what it was cut into: (addresses, by what and how)
+
+
+def forget_parts(linear: "Int4Linear") -> None:
+    """To be called where its codes are given up: what it was cut into holds them."""
+    _PARTS.pop(linear, None)
 
 
 def _parts(linear: "Int4Linear", elements: int, gated: bool = False) -> list[Part]:
     """A weight in pieces, ready to be made. gated: each of `rows` of the first half and those of the second."""
-    qweight = linear.qweight
-    address, found = _PARTS.get(linear, (0, {}))
-    if address != qweight.data_ptr():
-        _PARTS[linear] = qweight.data_ptr(), (found := {})
+    packed = linear.packed
+    addresses, kept = tuple(part.data_ptr() for part in packed), _PARTS.get(linear)
+    if kept is None or kept[0] != addresses:
+        _PARTS[linear] = kept = addresses, {}
+    found = kept[1]
     parts = found.get((elements, gated))
     if parts is None:
         sides = 2 if gated else 1
         outputs, inputs = linear.out_features // sides, linear.in_features
         cut = pieces(outputs, sides * inputs, elements)
-        buffer = _buffer(qweight.device, max(elements, sides * (cut[0].stop - cut[0].start) * inputs))
+        buffer = _buffer(packed[0].device, max(elements, sides * (cut[0].stop - cut[0].start) * inputs))
         parts = [_part(linear, rows, buffer, outputs if gated else 0) for rows in cut]
         found[elements, gated] = parts
     return parts

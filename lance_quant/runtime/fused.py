@@ -4,7 +4,7 @@ It takes over the weights of a plain decoder layer by layer, nn.Linear or Int4Li
 plain one serves; `step` is the decoding of one more token over a `StaticCache`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,19 +59,9 @@ def _one_linear(linears: Sequence[nn.Linear]) -> nn.Linear:
     return one
 
 
-def goes_to(backend: Callable, linear: nn.Module, x: torch.Tensor) -> bool:
-    """Whether this backend multiplies as many rows as x has."""
-    return isinstance(linear, Int4Linear) and choose(linear, x.reshape(-1, x.shape[-1])) is backend
-
-
 def by_gemv(linear: nn.Module, x: torch.Tensor) -> bool:
-    """Whether x goes to the GEMV over codes, which does what stands around in the same kernel."""
-    return goes_to(triton_gemv, linear, x)
-
-
-def by_pieces(linear: nn.Module, x: torch.Tensor) -> bool:
-    """Whether as many rows as x has are multiplied by pieces of the weight made bf16."""
-    return goes_to(triton_dequant_cublas, linear, x) and linear.ahead is None
+    """Whether as many rows as x has go to the GEMV over codes, which does what stands around in the same kernel."""
+    return isinstance(linear, Int4Linear) and choose(linear, x.reshape(-1, x.shape[-1])) is triton_gemv
 
 
 def within(linear: Int4Linear, x: torch.Tensor, **around) -> torch.Tensor:
@@ -84,21 +74,23 @@ def within(linear: Int4Linear, x: torch.Tensor, **around) -> torch.Tensor:
 
 def active(gate_up: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up of x."""
-    if by_gemv(gate_up, x):
-        return within(gate_up, x, silu_mul=True)
-    if goes_to(triton_few, gate_up, x):
-        return few_active(gate_up, x)
-    if by_pieces(gate_up, x):
-        return gated(gate_up, x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+    if isinstance(gate_up, Int4Linear):
+        rows = x.reshape(-1, x.shape[-1])
+        backend = choose(gate_up, rows)
+        if backend is triton_gemv:
+            return within(gate_up, x, silu_mul=True)
+        if backend is triton_few:
+            return few_active(gate_up, rows).view(*x.shape[:-1], -1)
+        if backend is triton_dequant_cublas and gate_up.ahead is None:
+            return gated(gate_up, rows).view(*x.shape[:-1], -1)
     return silu_mul(gate_up(x))
 
 
-def few_active(gate_up: Int4Linear, x: torch.Tensor) -> torch.Tensor:
+def few_active(gate_up: Int4Linear, rows: torch.Tensor) -> torch.Tensor:
     """The same by the kernel for few rows, which does it where the product is made."""
     from lance_quant.runtime.kernels.few import few
 
-    rows = x.reshape(-1, gate_up.in_features).contiguous()
-    return few(rows, gate_up.packed, gate_up.bias, silu_mul=True).view(*x.shape[:-1], -1)
+    return few(rows.contiguous(), gate_up.packed, gate_up.bias, silu_mul=True)
 
 
 @dataclass(frozen=True)
@@ -307,11 +299,11 @@ class Streams:
 def use_streams(decoder: FusedDecoder, streams: Streams) -> None:
     """Take these from the next call on; what is recorded already keeps its own."""
     decoder.early = streams.early and can_start_early(decoder.norm.weight.device)
-    decoder.one_stream = not (streams.beside or streams.ahead)  # of several, early starts were never tried
     decoder.beside = Beside(decoder.norm.weight.device) if streams.beside else None
     linears = [linear for layer in decoder.layers for linear in layer.gen.linears()]
     packed = all(isinstance(linear, Int4Linear) and linear.terms is None for linear in linears)
     ahead = Ahead(linears, streams.ahead) if packed and streams.ahead else None
+    decoder.one_stream = decoder.beside is None and ahead is None  # of several, early starts were never tried
     for linear in linears:
         if isinstance(linear, Int4Linear):
             linear.ahead = ahead

@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer
 
 from lance_quant.checkpoint.layout import LAYOUT_TASKS, Checkpoint
+from lance_quant.devices import current
 from lance_quant.errors import LanceQuantError
 from lance_quant.model.inputs import given_frames, prepare
 from lance_quant.model.lance import Lance, load_lance
@@ -101,6 +102,10 @@ class Generator:
         """
         cfg = cfg or GenerationConfig()
         check_request(self.checkpoint, request)
+        with current(self.device):
+            return self._run(request, cfg, progress)
+
+    def _run(self, request: Request, cfg: GenerationConfig, progress: Progress | None) -> Result:
         watch = _Watch(self.device)
         vae = self.vae if request.task in GENERATION else None
         watch.start()

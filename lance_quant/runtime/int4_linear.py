@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lance_quant.checkpoint.native import PARTS, pack_nibbles, part_shapes, unpack_nibbles
 from lance_quant.errors import LanceQuantError
 from lance_quant.runtime.cpu_layout import GROUPS, block_rows, pack_rows, terms, unpack_rows
+from lance_quant.runtime.dequantized import forget_parts
 from lance_quant.runtime.selection import choose
 
 if TYPE_CHECKING:
@@ -77,9 +78,14 @@ class Int4Linear(nn.Module):
         """Keep the weight in bf16 beside the codes: many rows then need no dequantizing."""
         self.dense = torch.cat(list(self.blocks(torch.bfloat16)))
 
+    def _apply(self, fn, recurse=True):
+        forget_parts(self)
+        return super()._apply(fn, recurse)
+
     def to_cpu_layout(self) -> bool:
         """Put the codes in the order of torch's int4 kernel for CPUs; False where that does not serve this linear."""
         rows = block_rows()
+        forget_parts(self)
         if self.terms is not None or not rows or self.out_features % rows or self.group_size not in GROUPS:
             return self.terms is not None
         self.qweight = pack_rows(self.codes(), rows)
@@ -132,6 +138,7 @@ def fuse(linears: Sequence[Int4Linear]) -> Int4Linear:
         for linear in linears:
             setattr(linear, part, getattr(linear, part).to("meta"))
     for linear in linears:
+        forget_parts(linear)
         linear.dense = linear.terms = None
         linear.bias = None if linear.bias is None else linear.bias.to("meta")
     return whole

@@ -54,6 +54,7 @@ BUILT_IN = {
     "cuda": (
         Choice(1, "triton_gemv"),
         Choice(16, "triton_few"),
+        Choice(2, "triton_gemv"),  # groups of 16, few outputs
         Choice(64, "triton_gemm"),
         Choice(None, "triton_dequant_cublas"),
     ),

@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported
 
 from lance_quant.errors import LanceQuantError
-from lance_quant.runtime import selection
+from lance_quant.runtime import backends, selection
 from lance_quant.runtime.backends import BACKENDS
 from lance_quant.runtime.int4_linear import fuse
 from lance_quant.runtime.selection import BUILT_IN, Choice, choose, read_table, table_file, write_table
@@ -52,6 +52,41 @@ def test_a_linear_that_the_cpu_kernel_does_not_serve_stays_as_it_is():
         assert not linear.to_cpu_layout()
         x = torch.randn(2, 64).bfloat16()
         assert distance(linear(x), exact(x)) < CLOSE
+
+
+class OnGpu:
+    """As much of so many rows on a GPU as a choice looks at."""
+
+    dtype, device = torch.bfloat16, torch.device("cuda")
+
+    def __init__(self, rows: int):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return self.rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "group", "wanted"),
+    [
+        (1, 64, 64, "triton_gemv"),
+        (2, 64, 64, "triton_few"),
+        (16, 64, 32, "triton_few"),
+        (2, 64, 16, "triton_gemv"),
+        (2, 31, 64, "triton_gemv"),
+        (8, 64, 16, "triton_gemm"),
+        (17, 64, 64, "triton_gemm"),
+        (65, 64, 64, "triton_dequant_cublas"),
+    ],
+)
+def test_what_a_gpu_takes_without_a_table(monkeypatch, rows, outputs, group, wanted):
+    linear, _ = random_int4(outputs, 64, group)
+    monkeypatch.setattr(selection, "table_of", lambda device: selection.BUILT_IN["cuda"])
+    monkeypatch.setattr(backends, "has_triton", lambda: True)
+    x = OnGpu(rows)
+    assert choose(linear, x) is BACKENDS[wanted].run
+    linear.terms = torch.zeros(1)  # codes in the CPU's layout, in a model that went to a GPU later
+    assert choose(linear, x) is BACKENDS["reference"].run
 
 
 @pytest.mark.parametrize("outputs", [32, 64])

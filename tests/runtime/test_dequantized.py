@@ -1,6 +1,8 @@
 """Weights that become bf16 before they are multiplied: pieces of whole tiles, and the next one ahead of its turn."""
 
+import gc
 import os
+import weakref
 
 import pytest
 import torch
@@ -35,6 +37,18 @@ def test_pieces_make_the_whole_product(bias):
     assert len(pieces(40, 64, 64 * 16)) == 3
     assert distance(chunked(linear, x, 64 * 16), exact(x)) < CLOSE
     assert distance(chunked(linear, x), exact(x)) < CLOSE
+
+
+def test_parts_follow_their_weight_and_let_go_of_it():
+    linear, exact = random_int4(64, 64, 32)
+    x = torch.randn(9, 64).bfloat16()
+    assert distance(chunked(linear, x), exact(x)) < CLOSE
+    linear.scales = linear.scales * 2
+    assert distance(chunked(linear, x), exact(x)) < CLOSE
+    codes = weakref.ref(linear.qweight)
+    linear.to("meta")
+    gc.collect()
+    assert codes() is None
 
 
 @pytest.mark.parametrize("bias", [True, False])

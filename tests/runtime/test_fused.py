@@ -150,6 +150,17 @@ def test_silu_in_the_kernel_for_few_rows(monkeypatch):
     close(fused.active(gate_up, x), expected + 1)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("shape", [(9, 64), (1, 9, 64)])
+def test_silu_times_behind_pieces(monkeypatch, shape):
+    """`gated` itself is tested beside its kernel; here in torch."""
+    gate_up, exact = random_int4(64, 64, 32, bias=False)
+    monkeypatch.setattr(fused, "choose", lambda linear, x: fused.triton_dequant_cublas)
+    monkeypatch.setattr(fused, "gated", lambda linear, rows: fused.silu_mul(exact(rows)))
+    x = torch.randn(shape)
+    assert torch.equal(fused.active(gate_up, x), fused.silu_mul(exact(x)))
+
+
 @pytest.mark.parametrize(("capability", "can"), [((8, 9), False), ((9, 0), True), ((12, 0), True)])
 def test_early_starts_need_a_gpu_that_has_them(monkeypatch, capability, can):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

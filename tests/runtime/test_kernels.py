@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from lance_quant.runtime.kernels.dequantize import DequantizeConfig, dequantize  # noqa: E402
-from lance_quant.runtime.kernels.few import FewConfig, few  # noqa: E402
+from lance_quant.runtime.kernels.few import TUNED, FewConfig, few  # noqa: E402
 from lance_quant.runtime.kernels.gemm import GemmConfig, gemm  # noqa: E402
 from lance_quant.runtime.kernels.gemv import Around, GemvConfig, gemv  # noqa: E402
 from tests.random_int4 import distance, random_int4  # noqa: E402
@@ -101,12 +102,21 @@ def test_few_keeps_digits_beside_a_large_activation():
     assert distance(few(x, linear.packed, out=torch.empty(2, 16)), exact(x)) < 4e-3
 
 
-@pytest.mark.parametrize("config", [FewConfig(1, 4), FewConfig(2, 8, 1, 128, 2), FewConfig(1, 4, 4)])
-@pytest.mark.parametrize(("inputs", "group"), [(2048, 64), (2048, 128), (2048, 32), (11008, 64)])
-def test_few_moves_nothing_through_shared_memory(config, inputs, group):
+@pytest.mark.parametrize(
+    ("inputs", "group", "rows", "silu_mul", "config"),
+    [
+        (2048, 64, 8, 1, TUNED[8, 22016, 2048]),
+        (2048, 64, 8, 0, TUNED[8, 2560, 2048]),
+        (11008, 64, 8, 0, TUNED[8, 2048, 11008]),
+        (2048, 64, 16, 1, FewConfig(1, 4)),
+        (2048, 128, 8, 1, TUNED[8, 22016, 2048]),
+        (2048, 32, 8, 0, FewConfig(2, 8, 1, 128, 2)),
+        (2048, 256, 16, 0, FewConfig(1, 4, 4)),
+    ],
+)
+def test_few_moves_nothing_through_shared_memory(inputs, group, rows, silu_mul, config):
     """But the sums of the warps: what makes it fast hangs on how Triton lays tensors out."""
-    sizes = (config.tiles, config.warps, config.splits, config.stretch, config.ahead)
-    command = [sys.executable, "-m", "tests.compiled_few", *map(str, (inputs, group, *sizes))]
+    command = [sys.executable, "-m", "tests.compiled_few", *map(str, (inputs, group, rows, silu_mul, *astuple(config)))]
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["0"], done.stderr

@@ -1,6 +1,7 @@
 """A launch goes through Triton once and then straight to what was compiled, early or not."""
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -37,6 +38,16 @@ def test_a_launch_is_looked_for_once_a_way():
         ("compiled", (8, 1, 1), (1, 2, 16, True, True), {}),
         ("compiled", (8, 1, 1), (1, 2, 16, True, False), {}),
     ]
+
+
+def test_a_launch_of_dequantize_has_what_the_kernel_takes_in_order():
+    from lance_quant.runtime.kernels.dequantize import _dequantize, dequantizing
+    from tests.random_int4 import random_int4
+
+    linear, _ = random_int4(16, 64, 32)
+    launch = dequantizing(linear.packed, torch.empty(16, 64))
+    names = _dequantize.arg_names
+    assert list(launch.constants) == names[len(launch.arguments) : -1] and names[-1] == "EARLY"
 
 
 def test_the_interpreter_gives_nothing_to_go_straight_to():

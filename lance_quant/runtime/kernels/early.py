@@ -10,10 +10,11 @@ mean the end of all before it.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
-_on = [False]
+_on: ContextVar[bool] = ContextVar("early", default=False)  # of a thread
 
 
 def can_start_early(device: torch.device) -> bool:
@@ -24,14 +25,14 @@ def can_start_early(device: torch.device) -> bool:
 
 @contextmanager
 def early(on: bool) -> Iterator[None]:
-    """Whether kernels of this process are launched early within."""
-    kept, _on[0] = _on[0], on
+    """Whether kernels of this thread are launched early within."""
+    kept = _on.set(on)
     try:
         yield
     finally:
-        _on[0] = kept
+        _on.reset(kept)
 
 
-def launched(on: bool = False) -> dict:
-    """Keywords of a launch, early where asked for here or around it."""
-    return {"EARLY": True, "launch_pdl": True} if on or _on[0] else {"EARLY": False}
+def launched() -> dict:
+    """Keywords of a launch, early where asked for around it."""
+    return {"EARLY": True, "launch_pdl": True} if _on.get() else {"EARLY": False}

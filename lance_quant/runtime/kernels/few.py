@@ -23,11 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lance_quant.runtime.kernels.early import launched
-from lance_quant.runtime.kernels.gemm import FLOATS, TILES, _room
+from lance_quant.runtime.kernels.splits import room, splits_of
 
 MOST_ROWS = 16
-LEAST_GROUP = 32  # 4 threads have a word each
-LEAST_OUTPUTS = 16
 SIXTEEN = 0x41804180  # 16.0 twice as bf16; an argument rather than a constant, so that and-or becomes one instruction
 
 
@@ -41,7 +39,6 @@ class FewConfig:
     splits: int = 1
     stretch: int = 256
     ahead: int = 2
-    early: bool = False
 
 
 @triton.jit
@@ -219,17 +216,8 @@ def _few(x, qweight, scales, zeros, bias, parts, tickets, out, rows, outputs, si
             tl.store(tickets + program, 0)
 
 
-# (rows, outputs, inputs) -> what `benchmarks/int4_kernels.py stage=tune` found fastest for 8 rows; 2 and 4 are the same
-# program, 16 another, which nobody has tuned
+# (rows, outputs, inputs) -> what `benchmarks/int4_kernels.py stage=tune` found fastest, for up to 8 and up to 16 rows
 TUNED: dict[tuple[int, int, int], FewConfig] = {
-    (2, 2048, 2048): FewConfig(1, 8, 1, 128, 2),
-    (2, 2048, 11008): FewConfig(2, 4, 6, 256, 1),
-    (2, 2560, 2048): FewConfig(1, 4, 1, 256, 2),
-    (2, 22016, 2048): FewConfig(1, 4, 1, 128, 2),
-    (4, 2048, 2048): FewConfig(1, 8, 1, 128, 2),
-    (4, 2048, 11008): FewConfig(2, 4, 6, 256, 1),
-    (4, 2560, 2048): FewConfig(1, 4, 1, 256, 2),
-    (4, 22016, 2048): FewConfig(1, 4, 1, 128, 2),
     (8, 2048, 2048): FewConfig(1, 8, 1, 128, 2),
     (8, 2048, 11008): FewConfig(2, 4, 6, 256, 1),
     (8, 2560, 2048): FewConfig(1, 4, 1, 256, 2),
@@ -240,7 +228,7 @@ TUNED: dict[tuple[int, int, int], FewConfig] = {
 def config_for(outputs: int, inputs: int, rows: int) -> FewConfig:
     """As tuned; else so that all codes of a warp are on their way at once, 64 or 128 bytes a thread, and some 20 warps
     stand on each multiprocessor of an H100 where there are outputs enough, which nobody has measured."""
-    tuned = TUNED.get((max(2, triton.next_power_of_2(rows)), outputs, inputs))
+    tuned = TUNED.get((8 if rows <= 8 else 16, outputs, inputs))
     if tuned is not None:
         return tuned
     if inputs > 2048:
@@ -259,9 +247,8 @@ def few(
     """x bf16 [M, I], M at most MOST_ROWS, contiguous -> [M, O] in `out`'s float dtype, else bf16; [M, O / 2] with
     silu_mul, where the first half of the rows of W is the gate and silu(gate) * up comes out.
 
-    weight: qweight, scales, zeros; groups of a power of two, at least LEAST_GROUP, and at least LEAST_OUTPUTS
-    outputs.
-    Calls on two streams would share memory.
+    weight: qweight, scales, zeros; groups of a power of two, at least 32, so that 4 threads have a word each; at
+    least 16 outputs, 32 with silu_mul. Calls on two streams would share memory.
     """
     qweight, scales, zeros = weight
     rows, inputs = x.shape
@@ -272,13 +259,13 @@ def few(
         out = torch.empty((rows, outputs), dtype=torch.bfloat16, device=x.device)
     group = inputs // groups
     programs = triton.cdiv(outputs, 16 * config.tiles)
-    splits = config.splits if config.splits * rows * all_outputs <= FLOATS and programs <= TILES else 1
-    parts, tickets = _room(x.device)
+    splits = splits_of(config.splits, rows, all_outputs, programs)
+    parts, tickets = room(x.device)
     _few[(programs, splits)](
         x, qweight.view(torch.int32), scales, zeros, bias, parts, tickets, out, rows, outputs, SIXTEEN,
         INPUTS=inputs, G=group, BIAS=bias is not None, SILU_MUL=silu_mul, SPLITS=splits, TILES=config.tiles,
         ROWS=8 if rows <= 8 else 16, WARPS=config.warps, GROUPS=math.gcd(max(1, config.stretch // group), groups),
         AHEAD=config.ahead, DOT=tl.bfloat16 if x.is_cuda else tl.float32,
-        num_warps=config.warps, num_stages=1, **launched(config.early),
+        num_warps=config.warps, num_stages=1, **launched(),
     )  # fmt: skip
     return out

@@ -8,7 +8,6 @@ last one to come adds all in order, so that a call gives the same bits every tim
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from lance_quant.runtime.kernels.dequantize import ONE, _weights
 from lance_quant.runtime.kernels.early import launched
+from lance_quant.runtime.kernels.splits import room, splits_of
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,6 @@ class GemmConfig:
     warps: int = 2
     block_m: int = 16
     stages: int = 1
-    early: bool = False
 
 
 @triton.jit
@@ -116,22 +115,15 @@ def _gemm(x, qweight, scales, zeros, bias, parts, tickets, out, rows, outputs, o
         tl.store(out + place, acc.to(out.dtype.element_ty), inside)
 
 
-FLOATS, TILES = 2**22, 2**14  # what is not split when it needs more
-
-
-@cache
-def _room(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Sums of the splits and the tiles' tickets, shared by all calls of a device's one stream."""
-    return torch.empty(FLOATS, device=device), torch.zeros(TILES, dtype=torch.int32, device=device)
-
-
-def reserve(device: torch.device) -> None:
-    """Make the shared memory now: made while a graph is captured it would belong to the graph."""
-    _room(device)
-
-
 # (rows, outputs, inputs) -> what `benchmarks/int4_kernels.py stage=tune` found fastest, for up to 32, 64, ... rows
-TUNED: dict[tuple[int, int, int], GemmConfig] = {}
+TUNED: dict[tuple[int, int, int], GemmConfig] = {
+    (8, 2048, 2048): GemmConfig(16, 32, 8, 1, 16),
+    (8, 2048, 11008): GemmConfig(64, 16, 8, 4, 16, 3),
+    (8, 2560, 2048): GemmConfig(32, 16, 8, 2, 16),
+    (8, 22016, 2048): GemmConfig(16, 16, 1, 1, 16, 3),
+    (16, 2048, 11008): GemmConfig(64, 16, 8, 4, 16, 3),
+    (16, 22016, 2048): GemmConfig(16, 16, 1, 1, 16, 3),
+}
 
 
 def config_for(outputs: int, inputs: int, rows: int) -> GemmConfig:
@@ -165,13 +157,13 @@ def gemm(
     if out is None:
         out = torch.empty((rows, outputs), dtype=torch.bfloat16, device=x.device)
     tiles = triton.cdiv(outputs, config.block_o) * triton.cdiv(rows, config.block_m)
-    splits = config.splits if config.splits * rows * outputs <= FLOATS and tiles <= TILES else 1
-    parts, tickets = _room(x.device)
+    splits = splits_of(config.splits, rows, outputs, tiles)
+    parts, tickets = room(x.device)
     _gemm[(tiles, splits)](
         x, qweight.view(torch.int32), scales, zeros, bias, parts, tickets, out, rows, outputs, ONE,
         INPUTS=inputs, G=inputs // scales.shape[1], BIAS=bias is not None, SPLITS=splits, BLOCK_M=config.block_m,
         BLOCK_O=config.block_o, BLOCK_W=config.block_w, STAGES=config.stages,
         DOT=tl.bfloat16 if x.is_cuda else tl.float32,
-        num_warps=config.warps, num_stages=1, **launched(config.early),
+        num_warps=config.warps, num_stages=1, **launched(),
     )  # fmt: skip
     return out

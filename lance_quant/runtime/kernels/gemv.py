@@ -37,7 +37,6 @@ class GemvConfig:
     block_o: int = 8
     block_w: int = 256
     warps: int = 2
-    early: bool = False
 
 
 @triton.jit
@@ -254,6 +253,6 @@ def gemv(
         None if around.gain is None else around.gain.view(torch.int64), around.residual, out, outputs, ONE, around.eps,
         ROWS=rows, INPUTS=inputs, G=group, BIAS=bias is not None, NORM=around.gain is not None,
         RESIDUAL=around.residual is not None, SILU_MUL=around.silu_mul, BLOCK_O=config.block_o, BLOCK_W=block_w,
-        BLOCK_X=triton.next_power_of_2(inputs // 4), num_warps=config.warps, **launched(config.early),
+        BLOCK_X=triton.next_power_of_2(inputs // 4), num_warps=config.warps, **launched(),
     )  # fmt: skip
     return out
