@@ -19,11 +19,15 @@ from lance_quant.runtime.fused import Streams, fuse_decoder, use_streams
 from lance_quant.runtime.graphs import Decoding, RecordedFlow, Tokens, capacity_for
 
 CHOICES = ("auto", "on", "off")
-STREAMS = Streams(early=True)  # what paid on an H100, docs/performance.md
+STREAMS = Streams(early=True)  # what paid in decoding on an H100, docs/performance.md
 
 
 def accelerate(lance: Lance, choice: str = "auto", graphs: bool = True, streams: Streams = STREAMS) -> Lance:
-    """choice: auto does it on a GPU only; on: anywhere. graphs: off runs fused layers one kernel launch at a time."""
+    """choice: auto does it on a GPU only; on: anywhere. graphs: off runs fused layers one kernel launch at a time.
+
+    Triton's kernels run on the thread's current GPU: on another than the first one, `with torch.cuda.device(...)`
+    around every call.
+    """
     check_choice(choice)
     if choice == "on" or (choice == "auto" and lance.device.type == "cuda"):
         fuse_decoder(lance.language_model)
