@@ -278,7 +278,7 @@ def parser_of(text: str) -> argparse.ArgumentParser:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--calibration", help="folder of .txt or .md files")
     parser.add_argument("--evaluation", help="folder of .txt or .md files")
-    parser.add_argument("--calibration-tokens", type=int, default=32768)
+    parser.add_argument("--calibration-tokens", type=int, default=65536)
     parser.add_argument("--evaluation-tokens", type=int, default=20480)
     parser.add_argument("--rows", type=int, default=2048, help="rows captured of a site, beside the sequences")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
