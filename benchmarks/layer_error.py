@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from gguf_checkpoint import write_checkpoint
 from plain_texts import write_texts
-from quality_lm import parser_of, recipe_of, text_config
+from quality_lm import parser_of, recipe_of, text_config, tokens_for
 
 from lance_quant.awq.artifact import LAYER_FILE
 from lance_quant.awq.block import Block
@@ -61,7 +61,7 @@ def main(args) -> None:
         checkpoint = open_checkpoint(CheckpointConfig(name="text", path=str(work / "model")))
         kept = {"rows_per_site": args.rows, "sequences": 10**6, "sequence_tokens": 10**9}
         for name, place, tokens in zip(
-            ("fitted", "held"), places, (args.calibration_tokens, args.evaluation_tokens), strict=True
+            ("fitted", "held"), places, (tokens_for(args, checkpoint.config), args.evaluation_tokens), strict=True
         ):
             (work / name).mkdir()
             capture(checkpoint, text_config(name, place, tokens, **kept), work / name, args.device)

@@ -36,6 +36,7 @@ from lance_quant.checkpoint.config import CheckpointConfig
 from lance_quant.checkpoint.fill import set_parameter
 from lance_quant.checkpoint.layout import Checkpoint, layer_prefix, open_checkpoint
 from lance_quant.checkpoint.native import unpack_nibbles
+from lance_quant.model.config import LanceConfig
 from lance_quant.model.decoder import Decoder
 from lance_quant.model.lance import Lance, load_lance
 from lance_quant.model.prompts import load_tokenizer
@@ -46,6 +47,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "conf" / "recipe"
 PIECE = 512  # tokens
 BATCH = 8  # pieces at a time
+NARROW, NARROW_TOKENS = 768, 65536  # more text is closer; wider models are given half, or a CPU takes hours
 FOUR_FOLDS = ["input_norm", "post_attention_norm", "up_down", "v_o"]
 
 LEARNED = {"rounding": ["nearest", "learned", "residual"]}
@@ -217,6 +219,7 @@ def main(args) -> None:
         ]
         checkpoint = open_checkpoint(CheckpointConfig(name="text", path=str(work / "model")))
         config = checkpoint.config
+        args.calibration_tokens = tokens_for(args, config)
         print(
             f"{Path(args.gguf).name}: {config.num_hidden_layers} layers, hidden {config.hidden_size}, "
             f"{config.num_attention_heads}/{config.num_key_value_heads} heads; {args.bits} bits, group size "
@@ -269,6 +272,11 @@ def tell(row: dict, out: Path | None) -> None:
             file.write(json.dumps(row) + "\n")
 
 
+def tokens_for(args, config: LanceConfig) -> int:
+    """Of calibration, as asked for or by the model's width."""
+    return args.calibration_tokens or (NARROW_TOKENS if config.hidden_size <= NARROW else NARROW_TOKENS // 2)
+
+
 def parser_of(text: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("gguf", type=Path)
@@ -278,7 +286,7 @@ def parser_of(text: str) -> argparse.ArgumentParser:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--calibration", help="folder of .txt or .md files")
     parser.add_argument("--evaluation", help="folder of .txt or .md files")
-    parser.add_argument("--calibration-tokens", type=int, default=65536)
+    parser.add_argument("--calibration-tokens", type=int, help=f"{NARROW_TOKENS}; half above a width of {NARROW}")
     parser.add_argument("--evaluation-tokens", type=int, default=20480)
     parser.add_argument("--rows", type=int, default=2048, help="rows captured of a site, beside the sequences")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
