@@ -135,8 +135,8 @@ class KeptSequence:
 def kept_sequences(plan: Plan, tasks: Sequence[str], count: int, most: int) -> list[KeptSequence]:
     """Up to `count` samples a task within `most` tokens in all: the shortest first, task after task.
 
-    What is drawn is seen at another timestep in each sample of a task, from the middle of as many equal stretches of
-    its timesteps: what a layer gets at the end of a drawing is far from what it gets in the middle.
+    What is drawn is seen at another timestep in each sample of a task, since what a layer gets at the end of a drawing
+    is far from what it gets in the middle: the first in the middle, then wherever the gaps are widest.
     """
     by_task = defaultdict(list)
     by_job = defaultdict(list)
@@ -151,12 +151,21 @@ def kept_sequences(plan: Plan, tasks: Sequence[str], count: int, most: int) -> l
         for task in tasks:
             samples = sorted(by_task[task], key=lambda places: _kept(plan, places, 0.0).tokens)
             if turn < len(samples):
-                candidates.append(_kept(plan, samples[turn], (turn + 0.5) / min(count, len(samples))))
+                candidates.append(_kept(plan, samples[turn], van_der_corput(turn + 1)))
         for one in sorted(candidates, key=lambda one: one.tokens):
             if one.tokens <= left:
                 out.append(one)
                 left -= one.tokens
     return sorted(out, key=lambda one: one.job)
+
+
+def van_der_corput(number: int) -> float:
+    """1/2, 1/4, 3/4, 1/8, 5/8, 3/8, 7/8, ... for 1, 2, 3, ...: evenly spread wherever it is cut off."""
+    value, step = 0.0, 0.5
+    while number:
+        value += step * (number & 1)
+        number, step = number >> 1, step / 2
+    return value
 
 
 def _kept(plan: Plan, places: Sequence[int], share: float) -> KeptSequence:

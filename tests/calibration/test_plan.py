@@ -7,7 +7,7 @@ import torch
 from lance_quant.awq.score import OutputError, SiteRows, evidence
 from lance_quant.calibration.config import CalibrationConfig
 from lance_quant.calibration.jobs import Forward, Step, chosen_steps
-from lance_quant.calibration.plan import kept_sequences, make_passes, make_plan, quotas
+from lance_quant.calibration.plan import kept_sequences, make_passes, make_plan, quotas, van_der_corput
 from lance_quant.checkpoint.layout import PATHS, layer_targets
 from tests.random_layers import random_sites, small_config
 
@@ -118,10 +118,14 @@ def test_sequences_keep_within_their_tokens():
     plan = make_plan(JOBS, TASKS, CalibrationConfig())
     kept = kept_sequences(plan, TASKS, 2, 1000)
     assert [(one.job, one.tokens) for one in kept] == [(1, 30), (2, 452), (3, 122)]
-    assert [plan.forwards[one.places[-1]].step.index for one in kept[1:]] == [6, 2]  # of 8, the shorter sample first
+    assert [plan.forwards[one.places[-1]].step.index for one in kept[1:]] == [2, 4]  # of 8, the shorter sample first
     (alone,) = kept_sequences(plan, ["t2i"], 1, 1000)
     assert plan.forwards[alone.places[-1]].step.index == 4  # neither the first nor the last timestep
     assert kept_sequences(plan, TASKS, 0, 1000) == []
+
+
+def test_timesteps_are_spread_wherever_they_are_cut_off():
+    assert [van_der_corput(number) for number in range(1, 8)] == [1 / 2, 1 / 4, 3 / 4, 1 / 8, 5 / 8, 3 / 8, 7 / 8]
 
 
 def test_jobs_go_together_as_far_as_there_is_room():
