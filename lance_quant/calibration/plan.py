@@ -145,13 +145,12 @@ def kept_sequences(plan: Plan, tasks: Sequence[str], count: int, most: int) -> l
             by_job[forward.job].append(place)
     for places in by_job.values():
         by_task[plan.forwards[places[0]].task].append(places)
+    for samples in by_task.values():
+        samples.sort(key=lambda places: _kept(plan, places, 0.0).tokens)
     out, left = [], most
-    for turn in range(count):
-        candidates = []
-        for task in tasks:
-            samples = sorted(by_task[task], key=lambda places: _kept(plan, places, 0.0).tokens)
-            if turn < len(samples):
-                candidates.append(_kept(plan, samples[turn], van_der_corput(turn + 1)))
+    for turn in range(min(count, max(map(len, by_task.values()), default=0))):
+        share = van_der_corput(turn + 1)
+        candidates = [_kept(plan, by_task[task][turn], share) for task in tasks if turn < len(by_task[task])]
         for one in sorted(candidates, key=lambda one: one.tokens):
             if one.tokens <= left:
                 out.append(one)

@@ -62,8 +62,8 @@ def _places(qweight, scales, zeros, first, step, INPUTS: tl.constexpr, G: tl.con
 
 
 @triton.jit
-def _read(places, turn: tl.constexpr, left, INPUTS: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr,
-          WARPS: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+def _read(places, turn: tl.constexpr, left, G: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr,
+          WHOLE: tl.constexpr):  # fmt: skip
     """What lies there, `turn` times WARPS stretches on. left: stretches from the first on."""
     words, scales, zeros = places
     words += turn * (WARPS * GROUPS * G // 8)
@@ -169,7 +169,7 @@ def _few(x, qweight, scales, zeros, bias, parts, tickets, out, rows, outputs, si
     for turn in tl.static_range(TURNS):
         if turn < AHEAD:
             for t in tl.static_range(MADE):
-                held += (_read(places[t], turn, left, INPUTS, G, GROUPS, WARPS, WHOLE),)
+                held += (_read(places[t], turn, left, G, GROUPS, WARPS, WHOLE),)
     if EARLY:
         tl.extra.cuda.gdc_wait()
     else:
@@ -182,7 +182,7 @@ def _few(x, qweight, scales, zeros, bias, parts, tickets, out, rows, outputs, si
         for t in tl.static_range(MADE):
             words, scale, zero = held[turn * MADE + t]
             if turn + AHEAD < TURNS:  # under way while this one is multiplied
-                held += (_read(places[t], turn + AHEAD, left, INPUTS, G, GROUPS, WARPS, WHOLE),)
+                held += (_read(places[t], turn + AHEAD, left, G, GROUPS, WARPS, WHOLE),)
             got = tl.dot(_placed(words, sixteen, G, GROUPS, WARPS, WIDE, CHUNKS).to(DOT), xs)
             scale = _of_groups(scale.to(tl.float32), GROUPS, WARPS, ROWS)
             zero = _of_groups(zero.to(tl.float32) + 16.0, GROUPS, WARPS, ROWS)

@@ -115,7 +115,7 @@ def _gemm(x, qweight, scales, zeros, bias, parts, tickets, out, rows, outputs, o
         tl.store(out + place, acc.to(out.dtype.element_ty), inside)
 
 
-# (rows, outputs, inputs) -> what `benchmarks/int4_kernels.py stage=tune` found fastest, for up to 32, 64, ... rows
+# (rows, outputs, inputs) -> what `benchmarks/int4_kernels.py stage=tune` found fastest, for up to 8, 16, 32, ... rows
 TUNED: dict[tuple[int, int, int], GemmConfig] = {
     (8, 2048, 2048): GemmConfig(16, 32, 8, 1, 16),
     (8, 2048, 11008): GemmConfig(64, 16, 8, 4, 16, 3),
