@@ -16,8 +16,8 @@ COUNTED = ("RssAnon", "RssShmem")
 
 
 class Meter:
-    """Context manager; `host_bytes`, `pinned_bytes` and `gpu_bytes` are peaks, the last two of this process. host_at:
-    when the first one was, as time.time() tells it.
+    """Context manager; `host_bytes`, `pinned_bytes` and `gpu_bytes` are peaks, the last two of this process. samples:
+    (when, as time.time() tells it; process -> its host bytes).
 
     root: the process whose tree is measured, this one where None; it may be set later.
     """
@@ -25,7 +25,7 @@ class Meter:
     def __init__(self, root: int | None = None):
         self.root = os.getpid() if root is None else root
         self.host_bytes = self.pinned_bytes = 0
-        self.host_at = 0.0
+        self.samples: list[tuple[float, dict[str, int]]] = []
         self.gpu_bytes = self.gpu_reserved_bytes = None
         self._done = threading.Event()
 
@@ -49,15 +49,25 @@ class Meter:
 
     def _sample(self) -> None:
         while True:
-            held = host_bytes(self.root)
-            if held > self.host_bytes:
-                self.host_bytes, self.host_at = held, time.time()
+            held = host_of_each(self.root)
+            self.samples.append((time.time(), held))
+            self.host_bytes = max(self.host_bytes, sum(held.values()))
             if self._done.wait(SAMPLE_SECONDS):
                 return
+
+    def most_between(self, start: float, end: float) -> dict[str, int]:
+        """Process -> host bytes at that time's highest moment; empty where none was seen."""
+        seen = [held for at, held in self.samples if start < at <= end]
+        return max(seen, key=lambda held: sum(held.values()), default={})
 
 
 def host_bytes(root: int) -> int:
     """RssAnon + RssShmem of a process and all below it; 0 where it is gone."""
+    return sum(host_of_each(root).values())
+
+
+def host_of_each(root: int) -> dict[str, int]:
+    """Process, named by its last words of command line and its number -> RssAnon + RssShmem."""
     parents, held = {}, {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -66,7 +76,15 @@ def host_bytes(root: int) -> int:
                 pid = int(folder.name)
                 parents[pid] = int(fields["PPid"])
                 held[pid] = sum(int(fields.get(name, "0").split()[0]) * 1024 for name in COUNTED)
-    return sum(size for pid, size in held.items() if below(pid, root, parents))
+    return {name_of(pid): size for pid, size in held.items() if below(pid, root, parents)}
+
+
+def name_of(pid: int) -> str:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except OSError:
+        words = []
+    return f"{' '.join(Path(word).name for word in words[1:4])} {pid}"
 
 
 def status(folder: Path) -> dict[str, str]:

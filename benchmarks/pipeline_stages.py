@@ -83,20 +83,23 @@ def stage_run(bench: Bench) -> dict:
     stages = seconds_by_stage(bench.artifacts, begun)
     pinned = peaks.get("pinned", READERS * PIECE_BYTES)
     bench.tell("full_run", f"{seconds} s{', STOPPED' if stopped else ''}, exit code {process.returncode}")
+    since = begun
     for stage, entry in stages.items():
         units = f" in {entry['count']} units" if entry["count"] > 1 else ""
-        bench.tell(f"full_run: {stage}", f"{entry['seconds']:.1f} s{units}, there {entry['at']:.0f} s after the start")
-    peak_at = meter.host_at - begun
-    during = next((stage for stage, entry in stages.items() if entry["at"] >= peak_at), "the end")
-    bench.tell(
-        "full_run: host memory, all processes",
-        f"{gigabytes(meter.host_bytes + pinned)}, {peak_at:.0f} s after the start, in {during}",
-    )
+        end = begun + entry["at"]
+        held = meter.most_between(since, end)
+        entry["host"], since = held, end
+        bench.tell(
+            f"full_run: {stage}",
+            f"{entry['seconds']:.1f} s{units}, there {entry['at']:.0f} s after the start, "
+            f"host memory {gigabytes(sum(held.values()) + pinned)}",
+        )
+    bench.tell("full_run: host memory, all processes", gigabytes(meter.host_bytes + pinned))
     bench.tell(
         "full_run: GPU memory", f"{gigabytes(peaks.get('gpu'))}, reserved {gigabytes(peaks.get('gpu_reserved'))}"
     )
     found = {"seconds": seconds, "stages": stages, "exit_code": process.returncode, "stopped": stopped}
-    return found | {"host_bytes": meter.host_bytes, "host_in": during, "pinned_bytes": pinned} | peaks
+    return found | {"host_bytes": meter.host_bytes, "pinned_bytes": pinned} | peaks
 
 
 @contextlib.contextmanager

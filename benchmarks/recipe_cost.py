@@ -146,7 +146,7 @@ def make_capture(folder: Path, checkpoint: Checkpoint, args) -> None:
         for site in SITES:
             rows, tasks = computed[path, site]
             for task in dict.fromkeys(tasks):
-                seen = rows[torch.tensor([one == task for one in tasks], device=rows.device)].cpu()
+                seen = rows[torch.tensor([one == task for one in tasks], device=rows.device)].float().cpu()
                 coverage.append(
                     {"task": task, "path": path, "layer": LAYER, "site": site, "tokens": len(seen), "weight": 1.0}
                 )

@@ -36,7 +36,7 @@ from runtime_rows import (  # noqa: E402
     table_of,
 )
 from runtime_streams import row_early, row_streams  # noqa: E402
-from runtime_tasks import row_answer, row_first_token, row_memory, row_profile, row_t2i, row_t2v  # noqa: E402
+from runtime_tasks import row_answer, row_first_token, row_memory, row_parts, row_profile, row_t2i, row_t2v  # noqa: E402
 from settings import settings_of  # noqa: E402
 
 from lance_quant.errors import LanceQuantError  # noqa: E402
@@ -53,6 +53,7 @@ ROWS = {
     "early": row_early,
     "answer": row_answer,
     "t2i": row_t2i,
+    "parts": row_parts,
     "profile": row_profile,
     "first_token": row_first_token,
     "long": row_long,

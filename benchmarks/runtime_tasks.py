@@ -1,5 +1,6 @@
 """Rows of runtime.py that are whole tasks: answers, pictures, clips, loading; memory, and where the time goes."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +36,36 @@ def row_answer(run: Run) -> dict:
 
 def row_t2i(run: Run) -> dict:
     return drawn(run, "t2i", *run.drawing(), FlowConfig(steps=30 if run.real else 2), run.forms)
+
+
+def row_parts(run: Run) -> dict:
+    """Where the time of a drawing goes: its contexts and its first steps, each waited for; and what the host spends."""
+    sample, state = run.drawing()
+    t, device = torch.tensor(T), run.models.device
+    for form in run.forms:
+        lance, best = run.form(form), {}
+        for _ in range(3):
+            contexts = ("contexts", lambda lance=lance: start_flow(lance, sample, state, FlowConfig()))
+            flow = timed(contexts, best, device)
+            for number in ("first", "second", "third"):
+                for guided in (True, False):
+                    name = f"{number} {'guided' if guided else 'plain'} step"
+                    timed((name, lambda guided=guided, flow=flow: flow.velocities(state, t, guided)), best, device)
+        for what, (host, whole) in best.items():
+            run.put(f"t2i: {what}", form, 1000 * whole, "ms")
+            run.put(f"t2i: {what}, the host's part", form, 1000 * host, "ms")
+    return {}
+
+
+def timed(part: tuple[str, Callable[[], object]], best: dict[str, tuple[float, float]], device: str) -> object:
+    """Runs it; the least seconds until it returns, and until it is done, go to `best`."""
+    name, work = part
+    started = now(device)
+    out = work()
+    host = time.perf_counter() - started
+    whole = now(device) - started
+    best[name] = tuple(min(pair) for pair in zip(best.get(name, (host, whole)), (host, whole), strict=True))
+    return out
 
 
 def row_t2v(run: Run) -> dict:

@@ -1,10 +1,8 @@
 """What the six stages share: the Cached state, devices on lease, progress lines, a stop between two units of work."""
 
 import contextlib
-import ctypes
 import logging
 import queue
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +11,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from lance_quant.devices import current, exact_device, found_devices
+from lance_quant.memory import release_memory
 from tasks.config import SMALL_WIDTH, RunnerConfig
 from tasks.store import Artifact, Kept
 
@@ -34,18 +33,9 @@ def as_state(kept: Kept) -> Artifact | State:
     artifact = kept.artifact
     finished[artifact.stage] = artifact
     if not kept.cached:
-        let_go()
+        release_memory()
         return artifact
     return Completed(name="Cached", message=f"{artifact.stage}/{artifact.key}", data=artifact)
-
-
-def let_go() -> None:
-    """Give the system back what a stage has freed: the allocators would keep it beside what the next one needs."""
-    if "pyarrow" in sys.modules:
-        sys.modules["pyarrow"].default_memory_pool().release_unused()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # the GNU C library's
-    if trim is not None:
-        trim(0)
 
 
 class Devices:

@@ -21,6 +21,8 @@ from lance_quant.model.config import LanceConfig
 from lance_quant.model.decoder import Call, Layer
 from lance_quant.model.routing import Routing
 
+SiteInputs = dict[tuple[str, str], tuple[Tensor, list[str]]]  # (path, site) -> bfloat16 [n, I], each row's task
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -103,12 +105,12 @@ class Block:
             for hook in hooks:
                 hook.remove()
 
-    def site_rows(self, tensors: dict[str, Tensor]) -> dict[tuple[str, str], tuple[Tensor, list[str]]]:
-        """(path, site) -> inputs float32 [n, I] that the linears read, and each row's task."""
+    def site_rows(self, tensors: dict[str, Tensor]) -> SiteInputs:
+        """What the linears read."""
         return self.read(tensors)[1]
 
     @torch.no_grad()
-    def read(self, tensors: dict[str, Tensor]) -> tuple[list[Tensor], dict[tuple[str, str], tuple[Tensor, list[str]]]]:
+    def read(self, tensors: dict[str, Tensor]) -> tuple[list[Tensor], SiteInputs]:
         """What the layer puts out for each batch [B, n, H], and `site_rows`, in one go."""
         outs: list[Tensor] = []
         found: dict[tuple[str, str], tuple[list[Tensor], list[str]]] = {}
@@ -120,7 +122,11 @@ class Block:
                 rows_out.append(out)
                 for key, inputs in read.items():
                     parts, tasks = found.setdefault(key, ([], []))
-                    parts.append(inputs[0])
+                    parts.append(inputs[0].to(torch.bfloat16))
                     tasks.extend([task] * inputs.shape[1])
             outs.append(torch.cat(rows_out))
-        return outs, {key: (torch.cat(parts), tasks) for key, (parts, tasks) in found.items()}
+        together: SiteInputs = {}
+        while found:  # each site's parts are gone before the next ones are put together
+            key, (parts, tasks) = found.popitem()
+            together[key] = (torch.cat(parts), tasks)
+        return outs, together

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lance_quant.awq.block import Block
 from lance_quant.awq.lessons import Lesson
+from lance_quant.checkpoint.layout import PATHS
 
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # shares of the mean second moment
 SITE = "down"
@@ -21,12 +22,12 @@ HELD_EVERY = 4
 @dataclass(frozen=True)
 class Missing:
     """Of one path's tokens: inputs [n, I] of down_proj, what is missing from the layer's output [n, H], both times the
-    root of what each counts; held: bool [n], tokens of sequences that are only judged by.
+    root of what each counts. The first `fitted` of them are fitted to, the others, of whole sequences, judged by.
     """
 
     inputs: Tensor
     missing: Tensor
-    held: Tensor
+    fitted: int
 
     def error(self, change: Tensor) -> float:
         """What is still missing where down_proj's weight changes by [H, I], over all tokens."""
@@ -40,34 +41,58 @@ def _squared(x: Tensor) -> float:
 @torch.no_grad()
 def missing_parts(block: Block, tensors: dict[str, Tensor], taught: Sequence[Lesson]) -> dict[str, Missing]:
     """Path -> what is missing with `tensors`, in which down_proj is the float one and the others are rounded."""
-    parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
-    number = 0
-    for lesson in taught:
-        for row in range(len(lesson.counts)):
-            out, rows = block.trace(tensors, lesson.batch.part([row]), [("und", SITE), ("gen", SITE)])
-            root = lesson.counts[row].sqrt()[:, None]
-            left = (lesson.wanted[row] - out[0]) * root
-            for path, at in (("und", ~lesson.batch.latent), ("gen", lesson.batch.latent)):
-                if (path, SITE) in rows:
-                    inputs = rows[path, SITE][0] * root[at]
-                    parts.setdefault(path, []).append((inputs, left[at], torch.full((len(inputs),), number)))
-            number += 1
-    made = {}
-    for path, found in parts.items():
-        inputs, left, numbers = (torch.cat(column) for column in zip(*found, strict=True))
-        order = torch.unique_consecutive(numbers)
-        last = order[HELD_EVERY - 1 :: HELD_EVERY] if len(order) >= HELD_EVERY else order[1:][-1:]
-        made[path] = Missing(inputs, left, torch.isin(numbers, last).to(inputs.device))
+    sequences = [(lesson, row) for lesson in taught for row in range(len(lesson.counts))]
+    places = {path: placed([_tokens(lesson, path) for lesson, _ in sequences]) for path in PATHS}
+    made: dict[str, Missing] = {}
+    for number, (lesson, row) in enumerate(sequences):
+        out, rows = block.trace(tensors, lesson.batch.part([row]), [(path, SITE) for path in PATHS])
+        root = lesson.counts[row].sqrt()[:, None]
+        left = (lesson.wanted[row] - out[0]) * root
+        for path in PATHS:
+            if (path, SITE) not in rows:
+                continue
+            at, inputs = _at(lesson, path), rows[path, SITE][0]
+            starts, fitted, total = places[path]
+            if path not in made:
+                room = (inputs.new_empty(total, inputs.shape[1]), left.new_empty(total, left.shape[1]))
+                made[path] = Missing(*room, fitted)
+            here = slice(starts[number], starts[number] + len(inputs))
+            torch.mul(inputs, root[at], out=made[path].inputs[here])
+            made[path].missing[here] = left[at]
     return made
+
+
+def placed(counts: Sequence[int]) -> tuple[list[int], int, int]:
+    """Where the tokens of each sequence go, `counts` of them, those that are judged by behind all others; where these
+    begin; how many tokens there are."""
+    there = [number for number, count in enumerate(counts) if count]
+    held = set(there[HELD_EVERY - 1 :: HELD_EVERY] if len(there) >= HELD_EVERY else there[1:][-1:])
+    starts, fitted, total = [0] * len(counts), 0, 0
+    for judged in (False, True):
+        for number in there:
+            if (number in held) == judged:
+                starts[number] = total
+                total += counts[number]
+        fitted = fitted if judged else total
+    return starts, fitted, total
+
+
+def _at(lesson: Lesson, path: str) -> Tensor:
+    """bool [n]: the path's tokens."""
+    return lesson.batch.latent if path == "gen" else ~lesson.batch.latent
+
+
+def _tokens(lesson: Lesson, path: str) -> int:
+    return int(_at(lesson, path).sum())
 
 
 def make_up(part: Missing) -> Tensor | None:
     """The change of down_proj's weight, float32 [H, I]; None where nothing that was tried helps what was held out."""
-    if not part.held.any():
+    fit, inputs = part.inputs[: part.fitted], part.inputs[part.fitted :]
+    left = part.missing[part.fitted :]
+    if not len(inputs):
         return None
-    fit, judge = ~part.held, part.held
-    inputs, left = part.inputs[judge], part.missing[judge]
-    moments, cross = part.inputs[fit].T @ part.inputs[fit], part.inputs[fit].T @ part.missing[fit]
+    moments, cross = fit.T @ fit, fit.T @ part.missing[: part.fitted]
     least, best = _squared(left), None
     for ridge in RIDGES:
         change = _solved(moments, cross, ridge)

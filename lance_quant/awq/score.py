@@ -24,7 +24,8 @@ TINY = 1e-30  # in place of an output energy of zero
 
 @dataclass(frozen=True)
 class SiteRows:
-    """Captured inputs of one site: rows float32 [n, I] on the device; task int64 [n], each row's, 0..tasks-1.
+    """Captured inputs of one site: rows bfloat16 or float32 [n, I] on the device, float32 in every product; task int64
+    [n], each row's, 0..tasks-1.
 
     weights: what each task counts; empty: all alike.
     """
@@ -40,14 +41,15 @@ class SiteRows:
         then fewer than with the rows."""
         if len(self.rows) <= self.tasks * self.rows.shape[1]:
             return None
-        parts = [self.rows[self.task == task] for task in range(self.tasks)]
+        parts = (self.rows[self.task == task].float() for task in range(self.tasks))
         return torch.stack([part.T @ part for part in parts])
 
     def energies(self, weight: Tensor) -> Tensor:
         """float64 [tasks]: squared outputs of a linear [O, I], summed over each task's rows."""
         if self.moments is not None:
             return torch.stack([((weight @ of_task) * weight).sum(dtype=torch.float64) for of_task in self.moments])
-        per_row = torch.cat([(block @ weight.T).square().sum(-1) for block in self.rows.split(ROW_BLOCK)]).double()
+        blocks = (block.float() for block in self.rows.split(ROW_BLOCK))
+        per_row = torch.cat([(block @ weight.T).square().sum(-1) for block in blocks]).double()
         # one sum a task: index_add_ adds in no fixed order on a GPU
         return torch.stack([per_row[self.task == task].sum() for task in range(self.tasks)])
 
@@ -61,8 +63,12 @@ class SiteRows:
         """Second moments [I, I] in which each task counts by its share [tasks]."""
         if self.moments is not None:
             return (share.float()[:, None, None] * self.moments).sum(0)
-        rows = self.rows * share[self.task].sqrt().float()[:, None]
+        rows = self.scaled(share)
         return rows.T @ rows
+
+    def scaled(self, share: Tensor) -> Tensor:
+        """Rows float32 whose squares count by their task's share."""
+        return self.rows.float() * share[self.task].sqrt().float()[:, None]
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ def evidence(
             index = {task: i for i, task in enumerate(dict.fromkeys(site.row_tasks))}
             task = torch.tensor([index[name] for name in site.row_tasks], device=device)
             weighed = tuple(site.weights.get(name, 1.0) for name in index)
-            rows[key] = SiteRows(site.rows.to(device).float(), task, len(index), weighed)
+            rows[key] = SiteRows(site.rows.to(device), task, len(index), weighed)
     return Evidence(mean_abs, rows)
 
 
@@ -107,7 +113,7 @@ class OutputError:
     def __init__(self, weight: Tensor, site: SiteRows):
         share = site.shares(weight)
         self._moments = None if site.moments is None else site.weighed(share)
-        self._rows = site.rows * share[site.task].sqrt().float()[:, None] if self._moments is None else None
+        self._rows = site.scaled(share) if self._moments is None else None
 
     def __call__(self, change: Tensor) -> float:
         """change: float32 [O, I], what is added to the weight."""

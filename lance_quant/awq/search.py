@@ -30,7 +30,7 @@ from lance_quant.awq.artifact import (
     Trial,
     write_layer,
 )
-from lance_quant.awq.block import Block
+from lance_quant.awq.block import Block, SiteInputs
 from lance_quant.awq.config import RecipeConfig
 from lance_quant.awq.grid import Grid, grid_of, quantize
 from lance_quant.awq.lessons import Lesson, lessons
@@ -57,6 +57,7 @@ from lance_quant.checkpoint.reader import TensorReader
 from lance_quant.checkpoint.writer import TensorSpec, TensorWriter
 from lance_quant.devices import current
 from lance_quant.errors import LanceQuantError
+from lance_quant.memory import release_memory
 
 __all__ = ["INGREDIENTS", "LAYER_FILE", "LINEARS", "LINEARS_FILE", "LayerJob", "search_layer"]
 
@@ -79,11 +80,14 @@ class LayerJob:
     before: Path | None = None
 
 
+Sites = dict[tuple[str, str], SiteActivations]  # (path, site) -> what it saw
+
+
 @dataclass(frozen=True)
 class Capture:
     """What lies on disk of a layer's inputs, on the CPU."""
 
-    sites: dict[tuple[str, str], SiteActivations]
+    sites: Sites
     sequences: list[KeptSequence] = field(default_factory=list)
 
 
@@ -157,7 +161,7 @@ def quantize_layer(
     targets = layer_targets(job.checkpoint.config, job.layer)
     source, tensors, result = tensors, dict(tensors), LayerResult()
     for fold in folds:
-        if any(target.name in inputs.judged.mean_abs for target in fold.consumers):
+        if can_judge(fold, inputs.judged, job.recipe):
             grid = grid_of(job.recipe, job.bits, job.group_size)
             check_group_size(fold.consumers, job.group_size)  # the published search does not fall back here either
             found = search_fold(fold, tensors, inputs.judged, job.recipe, grid)
@@ -184,6 +188,12 @@ def quantize_layer(
         if key not in weights and tensor is not source[key]
     }
     return result
+
+
+def can_judge(fold: ResolvedFold, known: Evidence, recipe: RecipeConfig) -> bool:
+    """Whether tokens came, and, where a score needs them, rows, which a path that no sequence takes may lack."""
+    seen = [target for target in fold.consumers if target.name in known.mean_abs]
+    return any(recipe.scoring != "captured" or known.rows_of(target) for target in seen)
 
 
 def target_grid(target: Target, job: LayerJob) -> Grid:
@@ -308,7 +318,7 @@ def read_capture(job: LayerJob) -> Capture:
 def inputs_of(job: LayerJob, capture: Capture, tensors: dict[str, Tensor], device: str) -> Inputs:
     """What was captured on the device, and what the layer makes of its kept sequences."""
     recipe, sites = job.recipe, capture.sites
-    block, taught = None, []
+    block, taught, computed = None, [], {}
     if recipe.needs_sequences:
         block = Block(job.checkpoint.config, job.layer, capture.sequences, device)
         counts = {(task, key[0]): weight for key, site in sites.items() for task, weight in site.weights.items()}
@@ -321,23 +331,30 @@ def inputs_of(job: LayerJob, capture: Capture, tensors: dict[str, Tensor], devic
             wanted, computed = block.read(tensors)
             taught = lessons(block, tensors, counts, wanted)
     if recipe.evidence == ["rows"]:
+        computed.clear()
         return gather(job, sites, block, taught, device)
+    return gather(job, with_computed(sites, computed, recipe, device), block, taught, device)
+
+
+def with_computed(sites: Sites, computed: SiteInputs, recipe: RecipeConfig, device: str) -> Sites:
+    """The captured sites with the rows that kept sequences bring, which go from `computed`; in place of the captured
+    ones where the recipe looks at sequences alone."""
     whole = {}
     for key, site in sites.items():
-        rows, tasks = computed.get(key, (site.rows[:0].float(), []))
-        rows = rows.to(torch.bfloat16)
+        rows, tasks = computed.pop(key, (site.rows[:0], []))
         if "rows" in recipe.evidence and len(site.rows):
             rows, tasks = torch.cat([site.rows.to(device), rows.to(device)]), [*site.row_tasks, *tasks]
         whole[key] = replace(site, rows=rows, row_tasks=tasks)
-    return gather(job, whole, block, taught, device)
+    return whole
 
 
-def gather(
-    job: LayerJob, sites: dict[tuple[str, str], SiteActivations], block: Block | None, taught: list[Lesson], device: str
-) -> Inputs:
+def gather(job: LayerJob, sites: Sites, block: Block | None, taught: list[Lesson], device: str) -> Inputs:
     targets = layer_targets(job.checkpoint.config, job.layer)
     known = evidence(sites, targets, by_token=job.recipe.scoring == "synthetic", device=device)
-    splits = {key: split_rows(rows, job.recipe.heldout) for key, rows in known.rows.items()}
+    del sites
+    splits = {}
+    for key in list(known.rows):  # a site's rows are copied where some are held out: not all of them at a time
+        splits[key] = split_rows(known.rows.pop(key), job.recipe.heldout)
     judged = Evidence(known.mean_abs, {key: split.judge for key, split in splits.items()})
     return Inputs(judged, splits, block, taught)
 
@@ -377,6 +394,8 @@ def search_layer(job: LayerJob, out: Path, device: str) -> LayerSummary:
             capture = None if job.capture is None else pool.submit(read_capture, job)
             tensors = read_tensors(job, device)
         inputs = Inputs() if capture is None else inputs_of(job, capture.result(), tensors, device)
+        del capture  # all that is wanted of it is on the device
+        release_memory()
         folds = resolve(job.checkpoint.config, job.layer, job.recipe.folds)
         result = quantize_layer(tensors, folds, inputs, job)
         if job.recipe.sequential:

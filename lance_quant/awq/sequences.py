@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 
-from lance_quant.calibration.activations import from_bit_patterns
+from lance_quant.calibration.activations import read_states
 from lance_quant.model.attention import Span
 
 SEQUENCES_FILE = "sequences.parquet"
@@ -33,9 +33,7 @@ def read_sequences(folder: Path, layer: int) -> list[KeptSequence]:
     if not (Path(folder) / SEQUENCES_FILE).is_file():
         return []
     tokens = pq.read_table(Path(folder) / SEQUENCES_FILE).to_pandas()
-    table = pq.read_table(Path(folder) / "hidden" / f"layer={layer}" / "part.parquet", partitioning=None)
-    states = from_bit_patterns(table["state"])
-    at = table["sequence"].to_numpy()
+    states = read_states(Path(folder) / "hidden" / f"layer={layer}" / "part.parquet")  # in the order of `tokens`
     return [
         KeptSequence(
             task=str(rows.task.iloc[0]),
@@ -43,9 +41,9 @@ def read_sequences(folder: Path, layer: int) -> list[KeptSequence]:
             positions=torch.tensor(rows[["t", "h", "w"]].to_numpy().T.copy(), dtype=torch.int64),
             latent=torch.tensor((rows.expert == "gen").to_numpy().copy()),
             spans=spans_of(rows.split.tolist(), rows["mode"].tolist()),
-            states=states[torch.from_numpy(at == number)],
+            states=states[rows.index[0] : rows.index[-1] + 1],
         )
-        for number, rows in tokens.groupby("sequence", sort=True)
+        for _, rows in tokens.groupby("sequence", sort=True)
     ]
 
 

@@ -10,6 +10,7 @@ A row or state is bfloat16 bit patterns: `numpy.uint32(row) << 16` viewed as flo
 would overflow). Sites are the inputs that linears share: qkv, o, gate_up, down.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from lance_quant.errors import LanceQuantError
 
 STATISTICS = ("mean_abs", "mean_sq", "max_abs")
 BITS = ("row", "state")  # columns of bfloat16 bit patterns
+READ_ROWS = 512  # at a time
 
 STATISTICS_SCHEMA = pa.schema(
     [("task", pa.string()), ("site", pa.string()), ("channel", pa.int32())]
@@ -73,8 +75,41 @@ def bit_patterns(rows: torch.Tensor) -> pa.Array:
 
 def from_bit_patterns(column: pa.ChunkedArray) -> torch.Tensor:
     """list<uint16> of equal lengths -> bfloat16 [n, I]."""
-    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return torch.from_numpy(flat.view(np.int16).copy()).view(torch.bfloat16).view(len(column), -1)
+    return _filled(column.chunks, len(column))
+
+
+def read_states(file: Path) -> torch.Tensor:
+    """A layer's `state` column, bfloat16 [n, H]."""
+    with pq.ParquetFile(file, pre_buffer=False) as table:
+        return _column(table, "state", range(table.num_row_groups))
+
+
+def _column(table: pq.ParquetFile, name: str, groups: Sequence[int]) -> torch.Tensor:
+    """bfloat16 [n, I] of some row groups, decoded some rows at a time: Arrow keeps what it has read ahead."""
+    count = sum(table.metadata.row_group(group).num_rows for group in groups)
+    batches = table.iter_batches(READ_ROWS, list(groups), [name], use_threads=False)
+    return _filled((batch[name] for batch in batches), count)
+
+
+def _filled(blocks: Iterable[pa.ListArray], count: int) -> torch.Tensor:
+    """[count, I] of lists of equal lengths, block by block: nothing is there twice."""
+    out, start = torch.empty(0, 0, dtype=torch.int16), 0
+    for block in blocks:
+        if not len(block):
+            continue
+        values = block.flatten().to_numpy(zero_copy_only=False).view(np.int16).reshape(len(block), -1)
+        if not start:
+            out = torch.empty(count, values.shape[1], dtype=torch.int16)
+        out.numpy()[start : start + len(block)] = values
+        start += len(block)
+    return out.view(torch.bfloat16)
+
+
+def _groups_of(table: pq.ParquetFile, site: str) -> list[int]:
+    """A row group holds one site's rows."""
+    at = table.schema_arrow.get_field_index("site")
+    seen = (table.metadata.row_group(group).column(at).statistics for group in range(table.num_row_groups))
+    return [group for group, values in enumerate(seen) if values.min == site]
 
 
 def read_layer(folder: Path, layer: int) -> dict[tuple[str, str], SiteActivations]:
@@ -92,7 +127,10 @@ def _site(folder: Path, coverage, path: str, layer: int, site: str) -> SiteActiv
     tasks = [task for task in tokens if tokens[task]]
     only = [("site", "=", site)]
     statistics = pq.read_table(layer_file(folder, "statistics", path, layer), filters=only, partitioning=None)
-    rows = pq.read_table(layer_file(folder, "rows", path, layer), filters=only, partitioning=None)
+    with pq.ParquetFile(layer_file(folder, "rows", path, layer), pre_buffer=False) as table:
+        groups = _groups_of(table, site)
+        rows = _column(table, "row", groups)
+        known = table.read_row_groups(groups, ["task", "timestep"])
     by_task = {task: table for task, table in statistics.to_pandas().groupby("task")}
     values = {
         name: {task: torch.tensor(by_task[task][name].to_numpy(), dtype=torch.float32) for task in tasks}
@@ -102,8 +140,8 @@ def _site(folder: Path, coverage, path: str, layer: int, site: str) -> SiteActiv
         tasks=tasks,
         tokens=tokens,
         **values,
-        rows=from_bit_patterns(rows["row"]) if len(rows) else torch.empty(0, 0, dtype=torch.bfloat16),
-        row_tasks=rows["task"].to_pylist(),
-        row_timesteps=torch.tensor(rows["timestep"].to_pylist(), dtype=torch.float32),
+        rows=rows,
+        row_tasks=known["task"].to_pylist(),
+        row_timesteps=torch.tensor(known["timestep"].to_pylist(), dtype=torch.float32),
         weights={row.task: float(row.weight) for row in seen.itertuples() if row.task in tasks},
     )

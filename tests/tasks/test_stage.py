@@ -91,9 +91,9 @@ def test_progress_says_at_most_ten_lines(caplog, monkeypatch):
 
 
 def test_freed_memory_goes_back_after_a_stage(tmp_path, monkeypatch):
-    stage.let_go()
+    stage.release_memory()
     told = []
-    monkeypatch.setattr(stage, "let_go", lambda: told.append(True))
+    monkeypatch.setattr(stage, "release_memory", lambda: told.append(True))
     for cached in (True, False):
         stage.as_state(Kept(artifact=Artifact(stage="search", key="k", path=tmp_path, summary={}), cached=cached))
     assert told == [True]
