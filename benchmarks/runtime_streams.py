@@ -13,11 +13,12 @@ from lance_quant.runtime.accelerate import STREAMS as DEFAULT
 from lance_quant.runtime.fused import Streams, use_streams
 from lance_quant.runtime.graphs import RecordedFlow
 
-DENOISING = tuple(Streams(beside=beside, ahead=ahead) for beside in (False, True) for ahead in (0, 1, 2, 3))
+KINDS = [(False, False, False), (False, False, True), (False, True, False), (False, True, True), (True, False, False)]
+DENOISING = tuple(Streams(beside=beside, ahead=ahead, early=early) for beside, ahead, early in KINDS)
 
 
 def row_streams(run: Run) -> dict:
-    """Denoising: the experts side by side, weights ahead of their turn."""
+    """Denoising: the experts side by side, weights ahead of their turn, early starts."""
     sample, state = run.drawing()
     t, device = torch.tensor(T), run.models.device
     for form in ("bf16", "int4"):
@@ -29,9 +30,10 @@ def row_streams(run: Run) -> dict:
                 for guided in (False, True):
                     recorded = RecordedFlow(flow)
                     value = milliseconds(lambda flow=recorded, g=guided: flow.velocities(state, t, g), device)
-                    what = f"{'guided pair' if guided else 'denoising step'}, beside {streams.beside}"
-                    run.put(f"{what}, ahead {streams.ahead}", form, value, "ms")
-    return same(run, Streams(beside=True, ahead=3))
+                    on = [name for name in ("beside", "ahead", "early") if getattr(streams, name)]
+                    what = f"{'guided pair' if guided else 'denoising step'}, {' and '.join(on) or 'one by one'}"
+                    run.put(what, form, value, "ms")
+    return same(run, Streams(beside=True, ahead=True)) | same(run, Streams(ahead=True, early=True))
 
 
 def row_early(run: Run) -> dict:

@@ -7,13 +7,14 @@ The state holds the latents of every VAE block, float32 or bfloat16 as the model
 data to noise. One loop serves generation, evaluation and calibration.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 
 from lance_quant.errors import LanceQuantError
+from lance_quant.model.attention import Span
 from lance_quant.model.cache import KVCache
 from lance_quant.model.lance import Lance
 from lance_quant.model.positions import CAPTION, generation_positions
@@ -154,7 +155,7 @@ class CachedFlow:
             cache.begin_as(captioned, known)
             context = [span for span in context if span[0] >= known and sample.modality[span[0]] != CAPTION]
         latents = sample.latent_mask()
-        for start, end, mode in context:
+        for start, end, mode in context if lance.fast is None else joined(context):
             lance.language_model.model(
                 hidden[:, start:end],
                 positions[:, start:end].to(lance.device),
@@ -181,6 +182,16 @@ class CachedFlow:
             )
             out.extend(lance.llm2vae(hidden)[:, 1:-1])
         return Velocities(out[0], out[1] if guided else None)
+
+
+def joined(spans: Sequence[Span]) -> list[Span]:
+    """Texts that follow each other as one: one by one, as upstream runs them, they give the same and take longer."""
+    out: list[Span] = []
+    for start, end, mode in spans:
+        if out and out[-1][1:] == (start, "causal") and mode == "causal":
+            start = out.pop()[0]
+        out.append((start, end, mode))
+    return out
 
 
 def first_caption(sample: Sample, end: int) -> int:

@@ -1,8 +1,8 @@
-"""`triton_dequant_cublas`: many rows of x by codes that become bf16 first, piece by piece or one linear ahead.
+"""`triton_dequant_cublas`: many rows of x by codes that become bf16 first, piece by piece, or one piece ahead.
 
     chunked(linear, x)                   # pieces into one buffer of the device, each multiplied at once
     gated(gate_up, x)                    # the same with SiLU-times behind each piece, whose outputs lie in the L2 yet
-    Ahead(linears, depth=1)              # the next linear's weight is made on a stream of its own meanwhile
+    Ahead(linears)                       # the next piece is made on a stream of its own meanwhile
 
 Pieces begin and end at multiples of 256 outputs: cuBLAS then finds whole tiles, and rows of the result start at 16
 bytes. With pieces of 1,524 outputs, all that 32 MB hold of a down projection, denoising lost 4.6 us a row on an H100.
@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from functools import cache
 from math import ceil
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, proxy
 
 import torch
 from torch import Tensor
 
+from lance_quant.runtime.kernels.early import early
 from lance_quant.runtime.ops import silu_mul
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ GATED_ROWS = 2304  # of x at a time: with 5,632 outputs 396 tiles of 128 x 256, 
 MANY_ROWS = 8192  # above, tiles always come out even, and products of all rows at once are 1 % faster
 TILE, TILE_ROWS = 256, 128  # outputs and rows
 ALIGNED = 8  # bf16 in 16 bytes
-BUFFERS = 4  # of `Ahead`: one for each linear of a layer, so that small ones need no room for large ones
+AHEAD_BUFFERS = 2  # one is read while the other one is written
 
 
 def pieces(outputs: int, inputs: int, elements: int | None = None) -> list[slice]:
@@ -45,8 +46,6 @@ def pieces(outputs: int, inputs: int, elements: int | None = None) -> list[slice
 
 def triton_dequant_cublas(linear: "Int4Linear", x: Tensor) -> Tensor:
     """x bf16 [M, I] -> [M, O]."""
-    if linear.ahead is not None:
-        return torch.nn.functional.linear(x, linear.ahead.weight(linear), linear.bias)
     return chunked(linear, x)
 
 
@@ -115,10 +114,13 @@ _PARTS: WeakKeyDictionary = WeakKeyDictionary()  # linear -> what it was cut int
 def forget_parts(linear: "Int4Linear") -> None:
     """To be called where its codes are given up: what it was cut into holds them."""
     _PARTS.pop(linear, None)
+    linear.ahead = None
 
 
-def _parts(linear: "Int4Linear", elements: int, gated: bool = False) -> list[Part]:
+def _parts(linear: "Int4Linear", elements: int, gated: bool = False) -> Sequence[Part]:
     """A weight in pieces, ready to be made. gated: each of `rows` of the first half and those of the second."""
+    if linear.ahead is not None:
+        return linear.ahead.of[linear]
     packed = linear.packed
     addresses, kept = tuple(part.data_ptr() for part in packed), _PARTS.get(linear)
     if kept is None or kept[0] != addresses:
@@ -126,13 +128,16 @@ def _parts(linear: "Int4Linear", elements: int, gated: bool = False) -> list[Par
     found = kept[1]
     parts = found.get((elements, gated))
     if parts is None:
-        sides = 2 if gated else 1
-        outputs, inputs = linear.out_features // sides, linear.in_features
-        cut = pieces(outputs, sides * inputs, elements)
-        buffer = _buffer(packed[0].device, max(elements, sides * (cut[0].stop - cut[0].start) * inputs))
-        parts = [_part(linear, rows, buffer, outputs if gated else 0) for rows in cut]
+        cut, sides = _cut(linear, elements, gated), 2 if gated else 1
+        buffer = _buffer(packed[0].device, max(elements, sides * (cut[0].stop - cut[0].start) * linear.in_features))
+        parts = [_part(linear, rows, buffer, linear.out_features // 2 if gated else 0) for rows in cut]
         found[elements, gated] = parts
     return parts
+
+
+def _cut(linear: "Int4Linear", elements: int, gated: bool) -> list[slice]:
+    sides = 2 if gated else 1
+    return pieces(linear.out_features // sides, sides * linear.in_features, elements)
 
 
 def _part(linear: "Int4Linear", rows: slice, buffer: Tensor, further: int = 0) -> Part:
@@ -157,30 +162,43 @@ def _buffer(device: torch.device, elements: int) -> Tensor:
 
 
 class Ahead:
-    """Weights in bf16 `depth` linears before they are multiplied, made on a stream of low priority.
+    """Pieces of weights in bf16 one piece before they are multiplied, made on a stream of low priority.
 
-    1. A linear asks for its weight: it waits for what was begun, or has it made there and then.
-    2. Before it multiplies, the weight of the linear `depth` further on is begun. Its buffer was read last by a product
-       that lies before this point of the caller's stream.
+    1. A product asks for its piece: it waits for what was begun, or has it made there and then.
+    2. Before it multiplies, the next piece is begun, behind a linear's last one the next linear's first. The product
+       that read its buffer lies before this point of the caller's stream.
 
-    Products of few tiles leave multiprocessors idle at their end, and there the next weight is made. Fork and join by
-    events, so that a graph can hold it; after the last linear nothing is under way. linears: in the order in which they
-    are multiplied, each pass from the first one on.
+    A product's tiles leave multiprocessors idle at its end, and there the next piece is made, in a part of the L2 that
+    the product does not read. Fork and join by events, so that a graph can hold it; after the last piece nothing is
+    under way. linears: in the order in which they are multiplied, each pass from the first one on; gated: those of them
+    that `gated` multiplies.
     """
 
-    def __init__(self, linears: Sequence["Int4Linear"], depth: int = 1):
+    def __init__(self, linears: Sequence["Int4Linear"], gated: Sequence["Int4Linear"] = ()):
         device = linears[0].qweight.device
-        self.linears, self.depth = list(linears), min(depth, BUFFERS - 1)
-        self.place = {id(linear): at for at, linear in enumerate(self.linears)}
-        turns = [self.linears[at::BUFFERS] for at in range(min(BUFFERS, len(self.linears)))]
-        sizes = [max(2 * each.qweight.numel() for each in turn) for turn in turns]
-        self.buffers = [torch.empty(size, dtype=torch.bfloat16, device=device) for size in sizes]
+        further = [any(linear is one for one in gated) for linear in linears]
+        cuts = [_cut(linear, PIECE_ELEMENTS, both) for linear, both in zip(linears, further, strict=True)]
+        room = max(
+            (2 if both else 1) * (rows.stop - rows.start) * linear.in_features
+            for linear, both, cut in zip(linears, further, cuts, strict=True)
+            for rows in cut
+        )
+        self.buffers = [torch.empty(room, dtype=torch.bfloat16, device=device) for _ in range(AHEAD_BUFFERS)]
+        self.parts: list[AheadPart] = []
+        self.of: WeakKeyDictionary = WeakKeyDictionary()  # linear -> its parts
+        for linear, both, cut in zip(linears, further, cuts, strict=True):
+            self.of[linear] = [self._add(linear, rows, both) for rows in cut]
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.begun: dict[int, torch.cuda.Event | None] = {}
 
-    def weight(self, linear: "Int4Linear") -> Tensor:
-        """bf16 [O, I], until the BUFFERS-th linear from here asks for its own."""
-        at = self.place[id(linear)]
+    def _add(self, linear: "Int4Linear", rows: slice, both: bool) -> "AheadPart":
+        at = len(self.parts)
+        part = _part(linear, rows, self.buffers[at % AHEAD_BUFFERS], linear.out_features // 2 if both else 0)
+        self.parts.append(AheadPart(part.rows, part.weight, part.make, proxy(self), proxy(linear), at))
+        return self.parts[-1]
+
+    def need(self, at: int) -> None:
+        """Piece `at` is in its buffer for what the caller's stream does next, and the next one is under way."""
         if at == 0:
             self._forget()
         if at in self.begun:
@@ -188,29 +206,19 @@ class Ahead:
             if event is not None:
                 torch.cuda.current_stream().wait_event(event)
         else:
-            self._make(at)
-        for following in range(at + 1, min(at + 1 + self.depth, len(self.linears))):
-            if following not in self.begun and self.linears[following].dense is None:
-                self._begin(following)
-        return self._view(at)
-
-    def _view(self, at: int) -> Tensor:
-        linear = self.linears[at]
-        shape = linear.out_features, linear.in_features
-        return self.buffers[at % BUFFERS][: shape[0] * shape[1]].view(shape)
-
-    def _make(self, at: int) -> None:
-        linear = self.linears[at]
-        _part(linear, slice(0, linear.out_features), self.buffers[at % BUFFERS]).make()
+            self.parts[at].make()
+        following = at + 1
+        if following < len(self.parts) and self.parts[following].linear.dense is None:
+            self._begin(following)
 
     def _begin(self, at: int) -> None:
         if self.stream is None:
-            self._make(at)
+            self.parts[at].make()
             self.begun[at] = None
             return
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            self._make(at)
+        with torch.cuda.stream(self.stream), early(False):
+            self.parts[at].make()
         self.begun[at] = self.stream.record_event()
 
     def _forget(self) -> None:
@@ -218,3 +226,16 @@ class Ahead:
         if self.begun and self.stream is not None:
             self.stream.synchronize()
         self.begun.clear()
+
+
+@dataclass(frozen=True)
+class AheadPart(Part):
+    """A piece whose buffer is another's until it is `made`. ahead, linear: not kept alive by it."""
+
+    ahead: Ahead
+    linear: "Int4Linear"
+    at: int
+
+    def made(self) -> Tensor:
+        self.ahead.need(self.at)
+        return self.weight

@@ -81,7 +81,7 @@ def active(gate_up: nn.Module, x: torch.Tensor) -> torch.Tensor:
             return within(gate_up, x, silu_mul=True)
         if backend is triton_few:
             return few_active(gate_up, rows).view(*x.shape[:-1], -1)
-        if backend is triton_dequant_cublas and gate_up.ahead is None:
+        if backend is triton_dequant_cublas:
             return gated(gate_up, rows).view(*x.shape[:-1], -1)
     return silu_mul(gate_up(x))
 
@@ -288,11 +288,11 @@ class FusedDecoder(Decoder):
 @dataclass(frozen=True, kw_only=True)
 class Streams:
     """What may run at a time on a GPU. beside: the understanding expert's few rows while the other one multiplies.
-    ahead: so many linears of the generation expert ahead is a weight made from its codes; 0: when its turn comes.
-    early: kernels start before their predecessors end, where the GPU can do that; denoising so on one stream alone."""
+    ahead: a piece of the generation expert's weights is made from its codes while the one before is multiplied.
+    early: kernels start before their predecessors end, where the GPU can do that; not in denoising with `beside`."""
 
     beside: bool = False
-    ahead: int = 0
+    ahead: bool = False
     early: bool = False
 
 
@@ -302,8 +302,9 @@ def use_streams(decoder: FusedDecoder, streams: Streams) -> None:
     decoder.beside = Beside(decoder.norm.weight.device) if streams.beside else None
     linears = [linear for layer in decoder.layers for linear in layer.gen.linears()]
     packed = all(isinstance(linear, Int4Linear) and linear.terms is None for linear in linears)
-    ahead = Ahead(linears, streams.ahead) if packed and streams.ahead else None
-    decoder.one_stream = decoder.beside is None and ahead is None  # of several, early starts were never tried
+    gate_ups = [layer.gen.gate_up for layer in decoder.layers]
+    ahead = Ahead(linears, gate_ups) if packed and streams.ahead else None
+    decoder.one_stream = decoder.beside is None  # beside others, early starts were never tried
     for linear in linears:
         if isinstance(linear, Int4Linear):
             linear.ahead = ahead

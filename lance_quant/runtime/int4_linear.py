@@ -30,7 +30,7 @@ class Int4Linear(nn.Module):
     or None. Built empty on `device`; `swap.swap_linears` fills it.
     backend: the name of the one to use wherever it serves; None: as measured or built in for the device.
     dense: the weight in bf16 [O, I] where `keep_dense` made it, None otherwise; no part of the state.
-    ahead: None, or what makes its bf16 weight before its turn comes.
+    ahead: None, or what makes the pieces of its bf16 weight before their turn comes.
     terms: None, or what goes with codes that `to_cpu_layout` has put in another order; the state has them in order.
     """
 

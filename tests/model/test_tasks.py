@@ -13,7 +13,7 @@ from lance_quant.model.inputs import prepare
 from lance_quant.model.lance import load_lance
 from lance_quant.model.prompts import load_tokenizer
 from lance_quant.model.request import GENERATION, GIVEN, TASKS, UNDERSTANDING, Request
-from lance_quant.model.sampler import FlowConfig, guide, initial_state, run_flow, start_flow
+from lance_quant.model.sampler import FlowConfig, guide, initial_state, joined, run_flow, start_flow
 from lance_quant.model.understanding import answer, forced_logits
 from lance_quant.model.vae import load_vae
 from tests.random_checkpoint import random_checkpoint
@@ -170,3 +170,10 @@ def test_sizes_are_checked(stand):
     with pytest.raises(LanceQuantError, match="draw at most 9 frames"):
         lance.latent_table(long.latent_grids)
     assert set(GIVEN) < set(TASKS)
+
+
+def test_texts_that_follow_each_other_are_one_span():
+    spans = [(0, 3, "causal"), (3, 5, "causal"), (5, 9, "full"), (9, 10, "causal"), (10, 12, "causal")]
+    assert joined(spans) == [(0, 5, "causal"), (5, 9, "full"), (9, 12, "causal")]
+    apart = [(0, 3, "causal"), (4, 6, "causal")]  # what stood between is left out
+    assert joined(apart) == apart and joined([]) == []

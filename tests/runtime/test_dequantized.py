@@ -62,37 +62,51 @@ def test_gated_is_silu_times_of_the_whole_product(rows, most, bias):
         assert ours.shape == (rows, 40) and distance(ours, torch.nn.functional.silu(gate) * up) < 2 * CLOSE
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
-def test_ahead_makes_each_weight_once_and_in_time(depth, monkeypatch):
+def test_ahead_makes_each_piece_once_and_in_time(monkeypatch):
+    monkeypatch.setattr(dequantized, "PIECE_ELEMENTS", 64 * 32)
+    monkeypatch.setattr(dequantized, "TILE", 8)
     shapes = [(96, 64), (64, 64), (128, 64), (64, 128)] * 3
     linears = [random_int4(*shape, 32, seed=at)[0] for at, shape in enumerate(shapes)]
-    made, make = [], Ahead._make
-    monkeypatch.setattr(Ahead, "_make", lambda self, at: (made.append(at), make(self, at))[1])
-    ahead = Ahead(linears, depth)
+    ahead = Ahead(linears, linears[2::4])
+    made, parts = [], ahead.parts
+    for at, part in enumerate(parts):
+        make = part.make
+        object.__setattr__(part, "make", lambda at=at, make=make: (made.append(at), make()))
     for _ in range(2):
-        for at, linear in enumerate(linears):
-            weight = ahead.weight(linear)
-            assert made[-1] == min(at + depth, len(linears) - 1)
-            close = weight.float() - linear.weight(torch.float32)
-            assert close.abs().max() <= weight.float().abs().max() / 128
-        assert made == list(range(len(linears))) and not ahead.begun
+        for linear in linears:
+            whole = linear.weight(torch.float32)
+            for part in ahead.of[linear]:
+                weight = part.made().float()
+                assert made[-1] == min(part.at + 1, len(parts) - 1)
+                wanted = whole[part.rows]
+                if linear in linears[2::4]:
+                    wanted = torch.cat([half[part.rows] for half in whole.chunk(2)])
+                assert (weight - wanted).abs().max() <= weight.abs().max() / 128
+        assert made == list(range(len(parts))) and not ahead.begun and len(parts) > 2 * len(linears)
         made.clear()
 
 
 def test_ahead_leaves_a_kept_weight_alone_and_starts_anew_after_a_pass_broke_off():
     linears = [random_int4(64, 64, 32, seed=at)[0] for at in range(5)]
     linears[1].keep_dense()
-    ahead = Ahead(linears, 1)
-    ahead.weight(linears[0])
+    ahead = Ahead(linears)
+    ahead.need(0)
     assert not ahead.begun
-    ahead.weight(linears[2])
+    ahead.need(2)
     assert list(ahead.begun) == [3]
-    ahead.weight(linears[0])
+    ahead.need(0)
     assert not ahead.begun
 
 
-def test_a_linear_takes_its_weight_from_ahead():
+def test_a_linear_takes_its_pieces_from_ahead_and_is_freed_without_it():
     linear, exact = random_int4(64, 64, 32, bias=True)
-    linear.ahead = Ahead([linear], 1)
+    linear.ahead = Ahead([linear])
     x = torch.randn(5, 64).bfloat16()
     assert distance(dequantized.triton_dequant_cublas(linear, x), exact(x)) < CLOSE
+    codes = weakref.ref(linear.qweight)
+    del linear, exact
+    assert codes() is None
+    gate_up, exact = random_int4(80, 64, 32)
+    gate_up.ahead = Ahead([gate_up], [gate_up])
+    gate, up = exact(x).chunk(2, -1)
+    assert distance(gated(gate_up, x), torch.nn.functional.silu(gate) * up) < 2 * CLOSE

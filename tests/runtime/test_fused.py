@@ -110,7 +110,7 @@ def test_experts_side_by_side_and_weights_ahead(pair, monkeypatch):
     hidden = torch.randn(2, 8, decoder.config.hidden_size).to(pair[0].dtype)
     positions, mask = torch.arange(8).expand(2, 3, 8), torch.arange(8) > 1
     out = []
-    for streams in (Streams(), Streams(beside=True, ahead=2, early=True)):
+    for streams in (Streams(), Streams(beside=True, ahead=True, early=True), Streams(ahead=True)):
         use_streams(decoder, streams)
         out.append(decoder(hidden, positions, Routing.of(mask)))
     use_streams(decoder, Streams())
