@@ -13,27 +13,24 @@ from lance_quant.runtime.accelerate import STREAMS as DEFAULT
 from lance_quant.runtime.fused import Streams, use_streams
 from lance_quant.runtime.graphs import RecordedFlow
 
-KINDS = [(False, False, False), (False, False, True), (False, True, False), (False, True, True), (True, False, False)]
-DENOISING = tuple(Streams(beside=beside, ahead=ahead, early=early) for beside, ahead, early in KINDS)
+DENOISING = (Streams(), Streams(early=True), Streams(beside=True))
 
 
 def row_streams(run: Run) -> dict:
-    """Denoising: the experts side by side, weights ahead of their turn, early starts."""
+    """Denoising: early starts, or the experts side by side."""
     sample, state = run.drawing()
     t, device = torch.tensor(T), run.models.device
     for form in ("bf16", "int4"):
         flow = CachedFlow(run.form(form), sample, state, FlowConfig())
         for streams in DENOISING:
-            if form == "bf16" and streams.ahead:
-                continue
             with streams_of(run.form(form), streams):
                 for guided in (False, True):
                     recorded = RecordedFlow(flow)
                     value = milliseconds(lambda flow=recorded, g=guided: flow.velocities(state, t, g), device)
-                    on = [name for name in ("beside", "ahead", "early") if getattr(streams, name)]
+                    on = [name for name in ("beside", "early") if getattr(streams, name)]
                     what = f"{'guided pair' if guided else 'denoising step'}, {' and '.join(on) or 'one by one'}"
                     run.put(what, form, value, "ms")
-    return same(run, Streams(beside=True, ahead=True)) | same(run, Streams(ahead=True, early=True))
+    return same(run, Streams(beside=True))
 
 
 def row_early(run: Run) -> dict:

@@ -1,8 +1,7 @@
-"""`triton_dequant_cublas`: many rows of x by codes that become bf16 first, piece by piece, or one piece ahead.
+"""`triton_dequant_cublas`: many rows of x by codes that become bf16 first, piece by piece.
 
     chunked(linear, x)                   # pieces into one buffer of the device, each multiplied at once
     gated(gate_up, x)                    # the same with SiLU-times behind each piece, whose outputs lie in the L2 yet
-    Ahead(linears)                       # the next piece is made on a stream of its own meanwhile
 
 Pieces begin and end at multiples of 256 outputs: cuBLAS then finds whole tiles, and rows of the result start at 16
 bytes. With pieces of 1,524 outputs, all that 32 MB hold of a down projection, denoising lost 4.6 us a row on an H100.
@@ -13,12 +12,11 @@ from dataclasses import dataclass
 from functools import cache
 from math import ceil
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary, proxy
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from lance_quant.runtime.kernels.early import early
 from lance_quant.runtime.ops import silu_mul
 
 if TYPE_CHECKING:
@@ -29,7 +27,6 @@ GATED_ROWS = 2304  # of x at a time: with 5,632 outputs 396 tiles of 128 x 256, 
 MANY_ROWS = 8192  # above, tiles always come out even, and products of all rows at once are 1 % faster
 TILE, TILE_ROWS = 256, 128  # outputs and rows
 ALIGNED = 8  # bf16 in 16 bytes
-AHEAD_BUFFERS = 2  # one is read while the other one is written
 
 
 def pieces(outputs: int, inputs: int, elements: int | None = None) -> list[slice]:
@@ -114,13 +111,10 @@ _PARTS: WeakKeyDictionary = WeakKeyDictionary()  # linear -> what it was cut int
 def forget_parts(linear: "Int4Linear") -> None:
     """To be called where its codes are given up: what it was cut into holds them."""
     _PARTS.pop(linear, None)
-    linear.ahead = None
 
 
 def _parts(linear: "Int4Linear", elements: int, gated: bool = False) -> Sequence[Part]:
     """A weight in pieces, ready to be made. gated: each of `rows` of the first half and those of the second."""
-    if linear.ahead is not None:
-        return linear.ahead.of[linear]
     packed = linear.packed
     addresses, kept = tuple(part.data_ptr() for part in packed), _PARTS.get(linear)
     if kept is None or kept[0] != addresses:
@@ -159,83 +153,3 @@ def reserve(device: torch.device) -> None:
 @cache
 def _buffer(device: torch.device, elements: int) -> Tensor:
     return torch.empty(elements, dtype=torch.bfloat16, device=device)
-
-
-class Ahead:
-    """Pieces of weights in bf16 one piece before they are multiplied, made on a stream of low priority.
-
-    1. A product asks for its piece: it waits for what was begun, or has it made there and then.
-    2. Before it multiplies, the next piece is begun, behind a linear's last one the next linear's first. The product
-       that read its buffer lies before this point of the caller's stream.
-
-    A product's tiles leave multiprocessors idle at its end, and there the next piece is made, in a part of the L2 that
-    the product does not read. Fork and join by events, so that a graph can hold it; after the last piece nothing is
-    under way. linears: in the order in which they are multiplied, each pass from the first one on; gated: those of them
-    that `gated` multiplies.
-    """
-
-    def __init__(self, linears: Sequence["Int4Linear"], gated: Sequence["Int4Linear"] = ()):
-        device = linears[0].qweight.device
-        further = [any(linear is one for one in gated) for linear in linears]
-        cuts = [_cut(linear, PIECE_ELEMENTS, both) for linear, both in zip(linears, further, strict=True)]
-        room = max(
-            (2 if both else 1) * (rows.stop - rows.start) * linear.in_features
-            for linear, both, cut in zip(linears, further, cuts, strict=True)
-            for rows in cut
-        )
-        self.buffers = [torch.empty(room, dtype=torch.bfloat16, device=device) for _ in range(AHEAD_BUFFERS)]
-        self.parts: list[AheadPart] = []
-        self.of: WeakKeyDictionary = WeakKeyDictionary()  # linear -> its parts
-        for linear, both, cut in zip(linears, further, cuts, strict=True):
-            self.of[linear] = [self._add(linear, rows, both) for rows in cut]
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.begun: dict[int, torch.cuda.Event | None] = {}
-
-    def _add(self, linear: "Int4Linear", rows: slice, both: bool) -> "AheadPart":
-        at = len(self.parts)
-        part = _part(linear, rows, self.buffers[at % AHEAD_BUFFERS], linear.out_features // 2 if both else 0)
-        self.parts.append(AheadPart(part.rows, part.weight, part.make, proxy(self), proxy(linear), at))
-        return self.parts[-1]
-
-    def need(self, at: int) -> None:
-        """Piece `at` is in its buffer for what the caller's stream does next, and the next one is under way."""
-        if at == 0:
-            self._forget()
-        if at in self.begun:
-            event = self.begun.pop(at)
-            if event is not None:
-                torch.cuda.current_stream().wait_event(event)
-        else:
-            self.parts[at].make()
-        following = at + 1
-        if following < len(self.parts) and self.parts[following].linear.dense is None:
-            self._begin(following)
-
-    def _begin(self, at: int) -> None:
-        if self.stream is None:
-            self.parts[at].make()
-            self.begun[at] = None
-            return
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream), early(False):
-            self.parts[at].make()
-        self.begun[at] = self.stream.record_event()
-
-    def _forget(self) -> None:
-        """What a pass that broke off has begun: its buffers may be written still."""
-        if self.begun and self.stream is not None:
-            self.stream.synchronize()
-        self.begun.clear()
-
-
-@dataclass(frozen=True)
-class AheadPart(Part):
-    """A piece whose buffer is another's until it is `made`. ahead, linear: not kept alive by it."""
-
-    ahead: Ahead
-    linear: "Int4Linear"
-    at: int
-
-    def made(self) -> Tensor:
-        self.ahead.need(self.at)
-        return self.weight

@@ -18,7 +18,7 @@ from lance_quant.model.routing import Routing, Twin
 from lance_quant.runtime.attention import StaticCache, attend_kept
 from lance_quant.runtime.backends import triton_few, triton_gemv
 from lance_quant.runtime.beside import Beside
-from lance_quant.runtime.dequantized import Ahead, gated, triton_dequant_cublas
+from lance_quant.runtime.dequantized import gated, triton_dequant_cublas
 from lance_quant.runtime.int4_linear import Int4Linear, fuse
 from lance_quant.runtime.kernels.early import can_start_early, early
 from lance_quant.runtime.ops import Heads, Place, QKNorm, add_rms_norm, place_heads, silu_mul
@@ -120,10 +120,6 @@ class Expert(nn.Module):
         self.inner_norm = layer.get_submodule("post_attention_layernorm" + suffix)
         self.gate_up = one_product([mlp.gate_proj, mlp.up_proj])
         self.down = mlp.down_proj
-
-    def linears(self) -> tuple[nn.Module, ...]:
-        """In the order in which they multiply."""
-        return self.qkv, self.out, self.gate_up, self.down
 
     @property
     def qk_norm(self) -> QKNorm:
@@ -241,14 +237,14 @@ class FusedDecoder(Decoder):
         self.config, self.rope_inv_freq_bf16 = decoder.config, decoder.rope_inv_freq_bf16
         self.embed_tokens, self.norm, self.norm_moe_gen = decoder.embed_tokens, decoder.norm, decoder.norm_moe_gen
         self.beside: Beside | None = None
-        self.early, self.one_stream = False, True
+        self.early = False
         self.layers = decoder.layers
         for index, layer in enumerate(decoder.layers):
             self.layers[index] = FusedLayer(layer)  # one at a time: the plain one's memory is free before the next
 
     def forward(self, hidden, positions, routing, spans=None, cache=None, keep=True):
         call = self.call(hidden, positions, routing, spans, cache)
-        with early(self.early and self.one_stream):
+        with early(self.early and self.beside is None):
             states = self._through(routing.split(hidden), self._fused(call, call.caches))
         if keep:
             for each in call.caches:
@@ -288,11 +284,9 @@ class FusedDecoder(Decoder):
 @dataclass(frozen=True, kw_only=True)
 class Streams:
     """What may run at a time on a GPU. beside: the understanding expert's few rows while the other one multiplies.
-    ahead: a piece of the generation expert's weights is made from its codes while the one before is multiplied.
     early: kernels start before their predecessors end, where the GPU can do that; not in denoising with `beside`."""
 
     beside: bool = False
-    ahead: bool = False
     early: bool = False
 
 
@@ -300,14 +294,6 @@ def use_streams(decoder: FusedDecoder, streams: Streams) -> None:
     """Take these from the next call on; what is recorded already keeps its own."""
     decoder.early = streams.early and can_start_early(decoder.norm.weight.device)
     decoder.beside = Beside(decoder.norm.weight.device) if streams.beside else None
-    linears = [linear for layer in decoder.layers for linear in layer.gen.linears()]
-    packed = all(isinstance(linear, Int4Linear) and linear.terms is None for linear in linears)
-    gate_ups = [layer.gen.gate_up for layer in decoder.layers]
-    ahead = Ahead(linears, gate_ups) if packed and streams.ahead else None
-    decoder.one_stream = decoder.beside is None  # beside others, early starts were never tried
-    for linear in linears:
-        if isinstance(linear, Int4Linear):
-            linear.ahead = ahead
 
 
 def fuse_decoder(language_model: LanguageModel) -> None:

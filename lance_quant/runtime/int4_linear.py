@@ -6,7 +6,6 @@ Which kernel multiplies is `selection.choose`'s answer to the device and the num
 """
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +15,6 @@ from lance_quant.errors import LanceQuantError
 from lance_quant.runtime.cpu_layout import GROUPS, block_rows, pack_rows, terms, unpack_rows
 from lance_quant.runtime.dequantized import forget_parts
 from lance_quant.runtime.selection import choose
-
-if TYPE_CHECKING:
-    from lance_quant.runtime.dequantized import Ahead
 
 BLOCK_ELEMENTS = 2**22  # of a weight dequantized at a time
 
@@ -30,12 +26,10 @@ class Int4Linear(nn.Module):
     or None. Built empty on `device`; `swap.swap_linears` fills it.
     backend: the name of the one to use wherever it serves; None: as measured or built in for the device.
     dense: the weight in bf16 [O, I] where `keep_dense` made it, None otherwise; no part of the state.
-    ahead: None, or what makes the pieces of its bf16 weight before their turn comes.
     terms: None, or what goes with codes that `to_cpu_layout` has put in another order; the state has them in order.
     """
 
     backend: str | None = None
-    ahead: "Ahead | None" = None
 
     def __init__(self, shape: tuple[int, int], group_size: int, bias: bool, device: torch.device | str = "cpu"):
         super().__init__()

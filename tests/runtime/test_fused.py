@@ -102,7 +102,7 @@ def test_drawing(checkpoint, pair, guidance):
 
 
 @torch.inference_mode()
-def test_experts_side_by_side_and_weights_ahead(pair, monkeypatch):
+def test_experts_side_by_side(pair, monkeypatch):
     """On a CPU there are no streams, and the order of the work alone is another."""
     monkeypatch.setattr(fused, "MANY_ROWS", 1)
     decoder = pair[1].language_model.model
@@ -110,7 +110,7 @@ def test_experts_side_by_side_and_weights_ahead(pair, monkeypatch):
     hidden = torch.randn(2, 8, decoder.config.hidden_size).to(pair[0].dtype)
     positions, mask = torch.arange(8).expand(2, 3, 8), torch.arange(8) > 1
     out = []
-    for streams in (Streams(), Streams(beside=True, ahead=True, early=True), Streams(ahead=True)):
+    for streams in (Streams(), Streams(beside=True, early=True)):
         use_streams(decoder, streams)
         out.append(decoder(hidden, positions, Routing.of(mask)))
     use_streams(decoder, Streams())
