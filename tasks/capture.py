@@ -63,7 +63,16 @@ def uncovered(cfg: RunConfig, captured: Artifact) -> list[str]:
 
 
 def require_coverage(cfg: RunConfig, captured: Artifact) -> None:
-    """Name the linears that saw too few tokens; only `allow_uncovered=true` lets a run go on with them."""
+    """Name the linears that saw too few tokens; only `allow_uncovered=true` lets a run go on with them. Name the tasks
+    too that kept no whole sequence, where others did."""
+    kept = captured.summary.get("sequences", {})
+    without = [task for task, count in kept.items() if not count]
+    if any(kept.values()) and without:
+        log.warning(
+            "no whole sequence of %s fits calibration.sequence_tokens=%d",
+            ", ".join(without),
+            cfg.calibration.sequence_tokens,
+        )
     names = uncovered(cfg, captured)
     for name in names:
         log.warning("%s saw fewer than %d tokens in calibration", name, cfg.calibration.min_tokens)

@@ -51,7 +51,8 @@ FREE_SHARE = 0.8  # of the memory that is free, what a pass may plan with
 class CaptureSummary:
     """tokens: task -> path -> tokens that each linear of the path saw; rows: path -> kept per site.
 
-    forwards: decoder calls that were recorded; passes: times that the weights were read.
+    forwards: decoder calls that were recorded; passes: times that the weights were read. sequences: task -> how many are
+    kept whole.
     """
 
     samples: int
@@ -59,6 +60,7 @@ class CaptureSummary:
     rows: dict[str, int]
     forwards: int
     passes: int
+    sequences: dict[str, int]
     bytes: int
     seconds: float
 
@@ -92,6 +94,7 @@ def capture(
         rows={path: plan.rows(path) for path in PATHS},
         forwards=len(plan.forwards),
         passes=len(passes),
+        sequences={task: sum(jobs[one.job].sample.task == task for one in kept) for task in tasks},
         bytes=sum(file.stat().st_size for file in out.rglob("*.parquet")),
         seconds=round(time.monotonic() - started, 2),
     )
