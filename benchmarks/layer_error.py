@@ -2,20 +2,22 @@
     [--layers 5,17,26] [--group-size 64] [--calibration DIR] [--evaluation DIR] [--out layers.jsonl]
 
 As `quality_lm.py`, but searches a few layers alone and prints the relative squared error of each one's output, per
-token, times 10^4: on the sequences that it was fitted to and on held-out ones, which float states enter. It ranks what
-is tried before a whole model is quantized; the gap between the two columns is what more calibration text would buy.
+token, times 10^4: on the sequences that it was fitted to and on held-out ones, which float states enter, those of
+sequential recipes too. It ranks what is tried before a whole model is quantized; the gap between the two columns is
+what more calibration text would buy.
 """
 
+import argparse
 import json
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from gguf_checkpoint import write_checkpoint
-from plain_texts import write_texts
-from quality_lm import parser_of, recipe_of, text_config, tokens_for
+from quality_lm import PIECE, check_args, check_groups, cut, integers, parser_of, recipe_of, text_config, texts_of
 
 from lance_quant.awq.artifact import LAYER_FILE
 from lance_quant.awq.block import Block
@@ -28,6 +30,7 @@ from lance_quant.checkpoint.config import CheckpointConfig
 from lance_quant.checkpoint.layout import layer_targets, open_checkpoint
 from lance_quant.checkpoint.native import unpack_nibbles
 from lance_quant.checkpoint.reader import TensorReader
+from lance_quant.errors import LanceQuantError
 
 AT_ONCE = 4096  # tokens
 
@@ -48,23 +51,34 @@ def rounded_layer(job: LayerJob, folder: Path, source: dict[str, torch.Tensor]) 
     return layer
 
 
-@torch.no_grad()
 def main(args) -> None:
-    layers = [int(layer) for layer in args.layers.split(",")]
+    try:
+        compare(args)
+    except LanceQuantError as error:
+        sys.exit(f"error: {error}")
+
+
+@torch.no_grad()
+def compare(args) -> None:
+    check_args(args)
+    layers = dict.fromkeys(integers("--layers", args.layers))  # each once
+    recipes = [replace(recipe_of(label), sequential=False) for label in dict.fromkeys(args.recipes.split(","))]
     with tempfile.TemporaryDirectory(dir=args.work) as scratch:
         work = Path(scratch)
         write_checkpoint(args.gguf, work / "model")
-        texts = write_texts(work / "texts")
-        places = [Path(given) if given else text for given, text in zip(
-            (args.calibration, args.evaluation), texts, strict=True
-        )]  # fmt: skip
         checkpoint = open_checkpoint(CheckpointConfig(name="text", path=str(work / "model")))
+        count = checkpoint.config.num_hidden_layers
+        for layer in layers:
+            if not 0 <= layer < count:
+                raise LanceQuantError(f"--layers has {layer}, and the model's are 0 to {count - 1}")
+        check_groups(checkpoint.config, recipes, args.group_size)
         kept = {"rows_per_site": args.rows, "sequences": 10**6, "sequence_tokens": 10**9}
-        for name, place, tokens in zip(
-            ("fitted", "held"), places, (tokens_for(args, checkpoint.config), args.evaluation_tokens), strict=True
-        ):
+        texts = texts_of(args, checkpoint.config, work)
+        fitted, held = (len(pieces) * PIECE for pieces in cut(checkpoint, texts))
+        print(f"{fitted} of {texts[0][1]} calibration tokens, {held} of {texts[1][1]} held out")
+        for name, text in zip(("fitted", "held"), texts, strict=True):
             (work / name).mkdir()
-            capture(checkpoint, text_config(name, place, tokens, **kept), work / name, args.device)
+            capture(checkpoint, text_config(name, *text, **kept), work / name, args.device)
         print(
             "| recipe | "
             + " | ".join(f"layer {layer} fitted | held out" for layer in layers)
@@ -72,11 +86,10 @@ def main(args) -> None:
             + "|---" * (2 + 2 * len(layers))
             + "|"
         )
-        for label in args.recipes.split(","):
-            row = {"model": args.gguf.name, "recipe": label, "group_size": args.group_size, "errors": {}}
+        for recipe in recipes:
+            row = {"model": args.gguf.name, "recipe": recipe.name, "group_size": args.group_size, "errors": {}}
             started = time.monotonic()
             for layer in layers:
-                recipe = recipe_of(label)
                 job = LayerJob(
                     checkpoint=checkpoint,
                     layer=layer,
@@ -85,13 +98,13 @@ def main(args) -> None:
                     group_size=args.group_size,
                     bits=args.bits,
                 )
-                out = work / f"{label}{layer}"
+                out = work / f"{recipe.name}{layer}"
                 out.mkdir()
                 search_layer(job, out, args.device)
                 row["errors"][layer] = errors(job, out, work, args.device)
             row["seconds"] = round((time.monotonic() - started) / len(layers), 1)
             values = " | ".join(f"{1e4 * value:.2f}" for pair in row["errors"].values() for value in pair)
-            print(f"| {label} | {values} | {row['seconds']} |", flush=True)
+            print(f"| {recipe.name} | {values} | {row['seconds']} |", flush=True)
             if args.out:
                 with args.out.open("a") as file:
                     file.write(json.dumps(row) + "\n")
@@ -108,8 +121,12 @@ def errors(job: LayerJob, folder: Path, work: Path, device: str) -> tuple[float,
     return found[0], found[1]
 
 
-if __name__ == "__main__":
+def parser_of_layers() -> argparse.ArgumentParser:
     parser = parser_of(__doc__)
     parser.set_defaults(recipes="nearest,two_folds,four_folds,four_folds_group_clip,gptq_group_clip,fast,best")
     parser.add_argument("--layers", default="5,17,26")
-    sys.exit(main(parser.parse_args()))
+    return parser
+
+
+if __name__ == "__main__":
+    main(parser_of_layers().parse_args())

@@ -6,7 +6,8 @@ search and pack on plain text for each recipe and seed; each packed folder is de
 distributions compared with the bf16 model's. Prints a row a run; --out appends them as JSON lines.
 
 Without DIRs of .txt or .md files the texts are those that lie in the Python installation (`plain_texts.py`). A seed
-draws the pieces of calibration text; what is evaluated is always the same. --recipes also takes the rows of ABLATION.
+draws the pieces of calibration text; what is evaluated is always the same. Files shorter than a piece are joined.
+--recipes also takes the rows of ABLATION.
 The products of an evaluation run in float32 on weights rounded to bf16.
 """
 
@@ -27,6 +28,7 @@ from meter import Meter
 from plain_texts import write_texts
 
 from lance_quant.awq.config import RecipeConfig
+from lance_quant.awq.limits import check_group_size, check_packable
 from lance_quant.awq.pack import PackJob, pack
 from lance_quant.awq.search import LayerJob, search_layer
 from lance_quant.calibration.capture import capture
@@ -34,8 +36,10 @@ from lance_quant.calibration.config import CalibrationConfig
 from lance_quant.calibration.samples import text_pieces
 from lance_quant.checkpoint.config import CheckpointConfig
 from lance_quant.checkpoint.fill import set_parameter
-from lance_quant.checkpoint.layout import Checkpoint, layer_prefix, open_checkpoint
+from lance_quant.checkpoint.layout import Checkpoint, layer_prefix, layer_targets, open_checkpoint
 from lance_quant.checkpoint.native import unpack_nibbles
+from lance_quant.devices import choose_device
+from lance_quant.errors import LanceQuantError
 from lance_quant.model.config import LanceConfig
 from lance_quant.model.decoder import Decoder
 from lance_quant.model.lance import Lance, load_lance
@@ -88,14 +92,55 @@ def recipe_of(label: str) -> RecipeConfig:
     file = RECIPES / f"{base}.yaml"
     if not file.is_file():
         known = ", ".join([path.stem for path in sorted(RECIPES.glob("*.yaml"))] + list(ABLATION))
-        sys.exit(f"--recipes has no '{label}'; choose from {known}")
+        sys.exit(f"error: --recipes has no '{label}'; choose from {known}")
     return replace(RecipeConfig(**yaml.safe_load(file.read_text())), name=label, **changes)
+
+
+def integers(option: str, words: str) -> list[int]:
+    """Whole numbers with commas between. Raises LanceQuantError, which names the option, for anything else."""
+    try:
+        return [int(word) for word in words.split(",")]
+    except ValueError:
+        raise LanceQuantError(f"{option}={words} must be whole numbers with commas between, such as 0,1") from None
+
+
+def check_args(args) -> None:
+    """What can be said before the model is read; `--device` is resolved. Raises LanceQuantError."""
+    check_packable(args.bits)
+    args.device = choose_device(args.device)
+    for option in ("calibration_tokens", "evaluation_tokens"):
+        value = getattr(args, option)
+        if value is not None and value < PIECE:
+            raise LanceQuantError(f"--{option.replace('_', '-')}={value} makes no piece: give {PIECE} or more")
+    if args.work and not args.work.is_dir():
+        raise LanceQuantError(f"--work={args.work} is no folder: make it first")
+    if args.out and not args.out.absolute().parent.is_dir():
+        raise LanceQuantError(f"--out={args.out} lies in no folder: make {args.out.parent} first")
+
+
+def check_groups(config: LanceConfig, recipes: list[RecipeConfig], group_size: int) -> None:
+    """Raises LanceQuantError for a group size that some recipe cannot take, before hours of capture and search."""
+    if group_size < 2 or not all(recipe.group_fallback for recipe in recipes):
+        check_group_size(layer_targets(config, 0), group_size)
 
 
 def text_config(name: str, path: Path, tokens: int, seed: int = 0, **changes) -> CalibrationConfig:
     return CalibrationConfig(
         name=name, source="text", path=str(path), samples=tokens // PIECE, text_tokens=PIECE, seed=seed, **changes
     )
+
+
+def texts_of(args, config: LanceConfig, work: Path) -> list[tuple[Path, int]]:
+    """(folder, tokens wanted) of calibration and of evaluation: folders given, else `plain_texts.py`, inside `work`."""
+    given, tokens = (args.calibration, args.evaluation), (tokens_for(args, config), args.evaluation_tokens)
+    made = given if all(given) else write_texts(work / "texts")
+    return [(Path(one or other), count) for one, other, count in zip(given, made, tokens, strict=True)]
+
+
+def cut(checkpoint: Checkpoint, texts: list[tuple[Path, int]]) -> list[list[list[int]]]:
+    """The pieces of each text, as many as are wanted or as there are. Raises LanceQuantError where there is none."""
+    tokenizer = load_tokenizer(checkpoint.folder)
+    return [text_pieces(tokenizer, text_config("text", *text)) for text in texts]
 
 
 @dataclass(frozen=True)
@@ -190,8 +235,8 @@ def quantize(checkpoint: Checkpoint, captured: Path, recipe: RecipeConfig, args,
         )
         search_layer(job, folder, args.device)
         folders.append(folder)
-        print(f"\r{recipe.name}: layer {layer + 1} of {checkpoint.config.num_hidden_layers}", end="", file=sys.stderr)
-    print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
+        show(f"{recipe.name}: layer {layer + 1} of {checkpoint.config.num_hidden_layers}")
+    show("")
     job = PackJob(
         checkpoint=checkpoint,
         layers=folders,
@@ -206,37 +251,48 @@ def quantize(checkpoint: Checkpoint, captured: Path, recipe: RecipeConfig, args,
     return out
 
 
-@torch.no_grad()
+def show(progress: str) -> None:
+    """On one line, written over by the next, where a terminal shows it."""
+    if sys.stderr.isatty():
+        print(f"\r{progress:60}\r", end="", file=sys.stderr)
+
+
 def main(args) -> None:
-    recipes = [recipe_of(label) for label in args.recipes.split(",")]
+    try:
+        compare(args)
+    except LanceQuantError as error:
+        sys.exit(f"error: {error}")
+
+
+@torch.no_grad()
+def compare(args) -> None:
+    check_args(args)
+    recipes, seeds = [recipe_of(label) for label in args.recipes.split(",")], integers("--seeds", args.seeds)
     with tempfile.TemporaryDirectory(dir=args.work) as scratch:
         work = Path(scratch)
         write_checkpoint(args.gguf, work / "model")
-        texts = write_texts(work / "texts")
-        places = [
-            Path(given) if given else text
-            for given, text in zip((args.calibration, args.evaluation), texts, strict=True)
-        ]
         checkpoint = open_checkpoint(CheckpointConfig(name="text", path=str(work / "model")))
         config = checkpoint.config
-        args.calibration_tokens = tokens_for(args, config)
+        check_groups(config, recipes, args.group_size)
+        texts = texts_of(args, config, work)
+        fitted, pieces = cut(checkpoint, texts)
+        if len(pieces) < 2:
+            raise LanceQuantError(f"{texts[1][0]} gives one piece of {PIECE} tokens to evaluate with: +- needs two")
         print(
             f"{Path(args.gguf).name}: {config.num_hidden_layers} layers, hidden {config.hidden_size}, "
             f"{config.num_attention_heads}/{config.num_key_value_heads} heads; {args.bits} bits, group size "
-            f"{args.group_size}, {args.calibration_tokens} calibration tokens, on {args.device}"
+            f"{args.group_size}, on {args.device}; {len(fitted) * PIECE} of {texts[0][1]} calibration tokens, "
+            f"{len(pieces) * PIECE} of {texts[1][1]} to evaluate with"
         )
-        pieces = text_pieces(load_tokenizer(checkpoint.folder), text_config("eval", places[1], args.evaluation_tokens))
         pieces = torch.tensor(pieces, device=args.device)
         lance = bf16_model(checkpoint, args.device)
         held = Held(pieces, states_of(lance.language_model.model, pieces))
         print(HEADER)
-        for seed in map(int, args.seeds.split(",")):
+        for seed in seeds:
             captured = work / f"capture{seed}"
             captured.mkdir()
             kept = {"rows_per_site": args.rows, "sequences": 10**6, "sequence_tokens": 10**9}
-            capture(
-                checkpoint, text_config("text", places[0], args.calibration_tokens, seed, **kept), captured, args.device
-            )
+            capture(checkpoint, text_config("text", *texts[0], seed, **kept), captured, args.device)
             for recipe in recipes:
                 started = time.monotonic()
                 with Meter() as meter:
@@ -244,7 +300,8 @@ def main(args) -> None:
                 seconds = time.monotonic() - started
                 put_packed(lance, packed, config.num_hidden_layers)
                 row = {"model": Path(args.gguf).name, "recipe": recipe.name, "seed": seed, "bits": args.bits}
-                row |= {"group_size": args.group_size, **asdict(score(lance, held)), "seconds": round(seconds, 1)}
+                row |= {"group_size": args.group_size, "calibration_tokens": len(fitted) * PIECE}
+                row |= {**asdict(score(lance, held)), "seconds": round(seconds, 1)}
                 row |= {"host_bytes": meter.host_bytes, "gpu_bytes": meter.gpu_bytes, "device": args.device}
                 tell(row, args.out)
                 shutil.rmtree(work / "run")

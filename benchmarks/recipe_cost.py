@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import pstats
 import statistics
+import sys
 import tempfile
 import time
 from contextlib import nullcontext
@@ -40,6 +41,7 @@ from lance_quant.calibration.activations import (
     layer_file,
 )
 from lance_quant.checkpoint.layout import PATHS, SITES, Checkpoint, expected_shapes, layer_prefix
+from lance_quant.errors import LanceQuantError
 from lance_quant.model.config import LanceConfig
 from lance_quant.model.resolution import Preset
 
@@ -258,7 +260,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="print where the time went, too")
     parser.add_argument("--sizes", choices=tuple(SIZES), default="published")
     parser.add_argument("--rows", type=int, default=1024, help="of a site, over both tasks")
-    parser.add_argument("--tokens", type=int, default=10000, help="of all kept sequences")
+    parser.add_argument("--tokens", type=int, default=32000, help="of all kept sequences")
     parser.add_argument("--length", type=int, default=1024, help="of a sequence")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -268,4 +270,7 @@ def arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main(arguments())
+    try:
+        main(arguments())
+    except LanceQuantError as error:
+        sys.exit(f"error: {error}")

@@ -6,8 +6,9 @@
     ingredients.parquet   a row a linear and ingredient: its error from there on
     prefix.safetensors    of sequential recipes: each kept sequence as it leaves the rounded layer, bf16
 
-Errors of linears are those of their own outputs on float inputs; learned rounding, which answers for the whole layer,
-may raise one linear's to lower the layer's.
+Errors of linears are those of their own outputs on what calibration holds of their inputs: float ones, save those of
+kept sequences in sequential recipes, which are as the rounded layers before leave them. The residual and learned
+rounding answer for the whole layer and may raise one linear's error to lower the layer's.
 """
 
 from dataclasses import dataclass, field
@@ -68,9 +69,10 @@ INGREDIENTS = pa.schema(
         ("layer", pa.int32()),
         ("path", pa.string()),  # "both" of the layer as a whole
         ("name", pa.string()),  # "layer" of the layer as a whole, on its kept sequences
-        ("ingredient", pa.string()),  # minmax, folds, clip, gptq, learned: with all those before it
+        ("ingredient", pa.string()),  # minmax, folds, clip, gptq, residual, learned: with all those before it
         ("error_kind", pa.string()),
         ("error", pa.float64()),
+        ("share", pa.float64()),  # of minmax's error, what this ingredient took off; null of minmax itself
     ]
 )
 

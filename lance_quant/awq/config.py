@@ -78,10 +78,12 @@ class RecipeConfig:
         if (
             not self.rounding
             or self.rounding[0] not in ("nearest", "gptq")
+            or "nearest" in self.rounding[1:]
             or len(set(self.rounding)) < len(self.rounding)
         ):
             raise LanceQuantError(
-                f"recipe {self.name}: rounding={list(self.rounding)} must start from nearest or gptq, each named once"
+                f"recipe {self.name}: rounding={list(self.rounding)} must start from nearest or gptq, each named once, "
+                "and nearest comes first or not at all"
             )
         if not self.evidence:
             raise LanceQuantError(f"recipe {self.name}: evidence is empty; name at least one of {', '.join(EVIDENCE)}")

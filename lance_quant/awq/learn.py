@@ -1,7 +1,7 @@
 """`learn`: rounding offsets and group ranges of a layer's linears learned together, by the sign of the gradient.
 
-1. target  what the float layer puts out for the kept sequences, entered by float states: layers know nothing of each
-           other
+1. target  what the float layer puts out for the kept sequences; in sequential recipes what the rounded layers before
+           leave of these enters
 2. step    round, run some sequences, take the gradient of the error in the layer's output through the rounding as if
            it were not there, move offsets (within half a code) and range factors by the step's rate against its sign
 3. keep    the best of start and end over all sequences

@@ -21,7 +21,7 @@ class Split:
 
 
 def split_rows(rows: SiteRows, heldout: float) -> Split:
-    """Every 1/heldout-th row of a task is held out; of a task with fewer rows than that, none."""
+    """Every 1/heldout-th row of a task is held out; where a task has fewer rows than that, none of any."""
     if not heldout:
         return Split(rows, rows)
     every = round(1 / heldout)

@@ -13,6 +13,7 @@ from lance_quant.awq.clip import CLIPS
 from lance_quant.awq.compensate import compensate
 from lance_quant.awq.config import RecipeConfig
 from lance_quant.awq.descend import descend
+from lance_quant.awq.grid import quantize
 from lance_quant.awq.learn import Learning, learn, weights_of
 from lance_quant.awq.lessons import Lesson, first_lessons, whole_loss
 from lance_quant.awq.moments import Split, second_moments
@@ -74,8 +75,15 @@ class Refinement:
 
     def loss(self, drafts: dict[str, Draft]) -> float:
         """Mean relative squared error of the layer's output over some of its kept sequences."""
-        some = first_lessons(self.taught, LOSS_TOKENS)
-        return whole_loss(self.block, self.stored() | weights_of(drafts), some, LOSS_TOKENS)
+        return self._loss(self.stored() | weights_of(drafts))
+
+    def loss_without(self, drafts: dict[str, Draft]) -> float:
+        """The same of the layer rounded to nearest, no fold, nothing: on the grids of `drafts`."""
+        plain = {target.name: quantize(self.weight(target), drafts[target.name].grid) for target in self.targets}
+        return self._loss(self.source | {f"{name}.weight": rounded.dequantize() for name, rounded in plain.items()})
+
+    def _loss(self, tensors: dict[str, Tensor]) -> float:
+        return whole_loss(self.block, tensors, first_lessons(self.taught, LOSS_TOKENS), LOSS_TOKENS)
 
     def unfolded(self, target: Target, weight: Tensor) -> Tensor:
         """A folded weight as it acts in the unfolded layer."""
@@ -94,7 +102,7 @@ def refine(work: Refinement, drafts: dict[str, Draft]) -> list[Stage]:
         if name in ROUNDINGS:
             stages.append((name, ROUNDINGS[name](work, stages[-1][1])))
     if work.block is not None:
-        work.losses = {ingredient: work.loss(made) for ingredient, made in stages}
+        work.losses = {"minmax": work.loss_without(drafts)} | {name: work.loss(made) for name, made in stages}
     return stages
 
 

@@ -6,7 +6,8 @@
 4. round   every linear to the recipe's grid: to nearest, and then by the recipe's further ingredients (`refine.py`)
 5. write   layer.safetensors, losses.parquet, linears.parquet, ingredients.parquet (`artifact.py`)
 
-Layers know nothing of each other: any number of workers gives the same bytes.
+Any number of workers gives the same bytes: layers know nothing of each other, save in sequential recipes what the
+rounded layer before leaves of the kept sequences.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +39,7 @@ from lance_quant.awq.limits import check_bits, check_group_size, fallback_group
 from lance_quant.awq.moments import Split, split_rows
 from lance_quant.awq.refine import Refinement, Stage, refine
 from lance_quant.awq.rounding import draft
-from lance_quant.awq.score import SCORES, Evidence, OutputError, evidence, mean_activation
+from lance_quant.awq.score import SCORES, TINY, Evidence, OutputError, evidence, mean_activation
 from lance_quant.awq.sequences import KeptSequence, read_sequences
 from lance_quant.awq.topology import ResolvedFold, apply, resolve
 from lance_quant.calibration.activations import SiteActivations, read_layer
@@ -176,11 +177,8 @@ def quantize_layer(
         wanted = any(target in fold.consumers for fold in folds)
         describe(target, stages, work, result, wanted)
     if work.losses:
-        result.ingredients += [
-            {"layer": job.layer, "path": "both", "name": "layer", "ingredient": ingredient}
-            | {"error_kind": "output", "error": sqrt(loss)}
-            for ingredient, loss in work.losses.items()
-        ]
+        place = {"layer": job.layer, "path": "both", "name": "layer", "error_kind": "output"}
+        result.ingredients += bought({ingredient: sqrt(loss) for ingredient, loss in work.losses.items()}, place)
     weights = {f"{target.name}.weight" for target in targets}
     result.folded_tensors = {
         key: tensor.to(torch.bfloat16)
@@ -274,9 +272,17 @@ def describe(target: Target, stages: list[Stage], work: Refinement, result: Laye
             "error_after": errors[stages[-1][0]],
         }
     )
-    result.ingredients += [
-        place | {"ingredient": ingredient, "error_kind": kind, "error": value} for ingredient, value in errors.items()
-    ]
+    result.ingredients += bought(errors, place | {"error_kind": kind})
+
+
+def bought(errors: dict[str, float], place: dict) -> list[dict]:
+    """Rows of ingredients.parquet from the error after each ingredient, the first one without any."""
+    rows, first, before = [], max(next(iter(errors.values())), TINY), None
+    for ingredient, error in errors.items():
+        share = None if before is None else (before - error) / first
+        rows.append(place | {"ingredient": ingredient, "error": error, "share": share})
+        before = error
+    return rows
 
 
 def read_tensors(job: LayerJob, device: str) -> dict[str, Tensor]:

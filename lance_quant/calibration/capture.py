@@ -51,8 +51,8 @@ FREE_SHARE = 0.8  # of the memory that is free, what a pass may plan with
 class CaptureSummary:
     """tokens: task -> path -> tokens that each linear of the path saw; rows: path -> kept per site.
 
-    forwards: decoder calls that were recorded; passes: times that the weights were read. sequences: task -> how many are
-    kept whole.
+    forwards: decoder calls that were recorded; passes: times that the weights were read; sequences: task -> how many
+    are kept whole.
     """
 
     samples: int

@@ -80,20 +80,31 @@ def text_files(cfg: CalibrationConfig) -> list[Path]:
 
 
 def text_pieces(tokenizer: Tokenizer, cfg: CalibrationConfig) -> list[list[int]]:
-    """`samples` pieces of `text_tokens` ids, drawn from all the text; fewer where there is less, at least one."""
-    pieces = []
+    """`samples` pieces of `text_tokens` ids, drawn from all the text; fewer where there is less, at least one.
+
+    A file's last ids that make no piece are left out; files shorter than a piece are joined, an empty line between.
+    Raises LanceQuantError where all that does not make one piece.
+    """
+    length, between = cfg.text_tokens, encode(tokenizer, "\n\n")
+    texts, short = [], []
     for file in text_files(cfg):
         try:
             ids = encode(tokenizer, file.read_text(encoding="utf-8"))
         except UnicodeDecodeError:
             raise LanceQuantError(f"{file} is not UTF-8 text: leave it out of calibration.path") from None
-        pieces += [ids[start : start + cfg.text_tokens] for start in range(0, len(ids), cfg.text_tokens)]
-    whole = [piece for piece in pieces if len(piece) == cfg.text_tokens] or [piece for piece in pieces if piece][:1]
-    if not whole:
-        raise LanceQuantError(f"calibration.path={cfg.path} holds no text")
-    if len(whole) <= cfg.samples:
-        return whole
-    return [whole[index] for index in sorted(random.Random(cfg.seed).sample(range(len(whole)), cfg.samples))]
+        if len(ids) >= length:
+            texts.append(ids)
+        elif ids:
+            short += between + ids if short else ids
+    pieces = [ids[end - length : end] for ids in [*texts, short] for end in range(length, len(ids) + 1, length)]
+    if not pieces:
+        raise LanceQuantError(
+            f"calibration.path={cfg.path} holds {len(short)} tokens of text, which do not make a piece of {length}: "
+            "give more text"
+        )
+    if len(pieces) <= cfg.samples:
+        return pieces
+    return [pieces[index] for index in sorted(random.Random(cfg.seed).sample(range(len(pieces)), cfg.samples))]
 
 
 def fingerprint(checkpoint: Checkpoint, cfg: CalibrationConfig) -> dict[str, str]:

@@ -263,7 +263,7 @@ def correlated_sites(config, layer=0):
     return sites
 
 
-def searched(tmp_path, monkeypatch, recipe, name="out", **changes):
+def searched(tmp_path, monkeypatch, recipe, name="out", device="cpu", **changes):
     config = small_config()
     checkpoint = random_checkpoint(tmp_path / "model", config)
     monkeypatch.setattr(search, "read_layer", lambda folder, layer: correlated_sites(config))
@@ -271,7 +271,7 @@ def searched(tmp_path, monkeypatch, recipe, name="out", **changes):
     out = tmp_path / name
     out.mkdir()
     job = LayerJob(checkpoint=checkpoint, layer=0, capture=tmp_path, recipe=recipe, group_size=16, **changes)
-    return out, search_layer(job, out, "cpu")
+    return out, search_layer(job, out, device)
 
 
 @pytest.mark.parametrize("recipe", [FAST, BEST], ids=lambda recipe: recipe.name)
@@ -288,9 +288,21 @@ def test_the_artifact_of_each_recipe(tmp_path, monkeypatch, recipe):
     assert list(linears.error_before) == list(each.loc[linears.name, "minmax"])
     assert list(linears.error_after) == list(each.loc[linears.name, recipe.rounding[-1]])
     whole = ingredients[ingredients.name == "layer"].set_index("ingredient").error
-    assert list(whole.index) == ["folds", "clip", *recipe.rounding]
+    assert list(whole.index) == ["minmax", "folds", "clip", *recipe.rounding]
+    assert whole["folds"] < whole["minmax"]
+    shares = ingredients.groupby("name").share.agg(["sum", "count"])
+    assert (shares["count"] == len(whole) - 1).all()  # minmax itself has none
+    taken_off = 1 - whole[recipe.rounding[-1]] / whole["minmax"]
+    assert shares.loc["layer", "sum"] == pytest.approx(taken_off)
     assert whole["residual"] < whole["gptq"]
     assert whole[recipe.rounding[-1]] <= whole["residual"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("recipe", [FAST, BEST], ids=lambda recipe: recipe.name)
+def test_same_bytes_again_on_a_gpu(tmp_path, monkeypatch, recipe):
+    made = [searched(tmp_path, monkeypatch, recipe, name, device="cuda")[0] for name in ("first", "second")]
+    assert (made[0] / "layer.safetensors").read_bytes() == (made[1] / "layer.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("recipe", [FAST, BEST], ids=lambda recipe: recipe.name)
