@@ -16,8 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from ablation import recipe_of
 from gguf_checkpoint import write_checkpoint
-from quality_lm import PIECE, check_args, check_groups, cut, integers, parser_of, recipe_of, text_config, texts_of
+from quality_lm import PIECE, check_args, check_groups, cut, integers, parser_of, text_config, texts_of
 
 from lance_quant.awq.artifact import LAYER_FILE
 from lance_quant.awq.block import Block

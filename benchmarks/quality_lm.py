@@ -18,11 +18,11 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import yaml
+from ablation import recipe_of
 from gguf_checkpoint import write_checkpoint
 from meter import Meter
 from plain_texts import write_texts
@@ -48,52 +48,9 @@ from lance_quant.model.routing import Routing
 from lance_quant.runtime.packed import PackedFolder
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = ROOT / "conf" / "recipe"
 PIECE = 512  # tokens
 BATCH = 8  # pieces at a time
 NARROW, NARROW_TOKENS = 768, 65536  # more text is closer; wider models are given half, or a CPU takes hours
-FOUR_FOLDS = ["input_norm", "post_attention_norm", "up_down", "v_o"]
-
-LEARNED = {"rounding": ["nearest", "learned", "residual"]}
-LONGER = {"learned_steps": 200, "learned_rate": 0.005, "range_rate": 0.0015}
-GENTLY = {"rounding": ["gptq", "residual", "learned"], "learned_rate": 0.003, "range_rate": 0.0003}
-
-# label -> (recipe it starts from, what is changed): each row of a part adds to the one before it
-ABLATION = {
-    "nearest": ("fast", {"folds": [], "clip": "none", "rounding": ["nearest"]}),
-    "two_folds": ("fast", {"folds": FOUR_FOLDS[:2], "clip": "none", "rounding": ["nearest"]}),
-    "four_folds": ("fast", {"clip": "none", "rounding": ["nearest"]}),
-    "four_folds_linear_clip": ("fast", {"clip": "linear", "rounding": ["nearest"]}),
-    "four_folds_group_clip": ("fast", {"rounding": ["nearest"]}),
-    "gptq_alone": ("fast", {"folds": [], "clip": "none", "rounding": ["gptq"]}),
-    "gptq_two_folds": ("fast", {"folds": FOUR_FOLDS[:2], "clip": "none", "rounding": ["gptq"]}),
-    "gptq_four_folds": ("fast", {"clip": "none", "rounding": ["gptq"]}),
-    "gptq_linear_clip": ("fast", {"clip": "linear", "rounding": ["gptq"]}),
-    "gptq_group_clip": ("fast", {"rounding": ["gptq"]}),
-    "fast_damping_0.01": ("fast", {"damping": 0.01}),
-    "fast_damping_0.1": ("fast", {"damping": 0.1}),
-    "fast_descent": ("fast", {"descent": 3}),
-    "best_no_descent": ("best", {"descent": 0}),
-    "fast_all_rows": ("fast", {"heldout": 0.0}),
-    "best_all_rows": ("best", {"heldout": 0.0}),
-    "learned_100": ("fast", {"rounding": ["nearest", "learned"]}),
-    "learned_residual": ("fast", LEARNED),
-    "learned_residual_200": ("fast", LEARNED | LONGER),
-    "learned_residual_200_large": ("fast", LEARNED | LONGER | {"learned_tokens": 8192}),
-    "learned_residual_sequential": ("best", LEARNED),
-    "learned_residual_200_sequential": ("best", LEARNED | LONGER),
-    "best_learned_gently": ("best", GENTLY),
-}
-
-
-def recipe_of(label: str) -> RecipeConfig:
-    """A recipe that ships or a row of `ABLATION`."""
-    base, changes = ABLATION.get(label, (label, {}))
-    file = RECIPES / f"{base}.yaml"
-    if not file.is_file():
-        known = ", ".join([path.stem for path in sorted(RECIPES.glob("*.yaml"))] + list(ABLATION))
-        sys.exit(f"error: --recipes has no '{label}'; choose from {known}")
-    return replace(RecipeConfig(**yaml.safe_load(file.read_text())), name=label, **changes)
 
 
 def integers(option: str, words: str) -> list[int]:

@@ -26,8 +26,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from ablation import recipe_of
 from meter import Meter
-from quality_lm import recipe_of
 from safetensors.torch import save_file
 
 from lance_quant.awq.block import Block

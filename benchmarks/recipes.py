@@ -2,7 +2,8 @@
 
 Runs the sweep through the pipeline (what is common is done once; what is there is reused) and prints two tables, a row
 a combination: scores of understanding (und) and generation (gen), then one score a task, KL for questions and guided
-velocity error for what is drawn. Any other setting is passed on: `checkpoint=tiny_video evaluation.samples=64`.
+velocity error for what is drawn. recipe= takes rows of `ablation.py` too. Any other setting is passed on:
+`checkpoint=tiny_video evaluation.samples=64`.
 """
 
 import json
@@ -10,6 +11,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+
+from ablation import ABLATION, overrides_of
 
 SWEPT = {"recipe": "minmax,published,awq,fast,best", "group_size": "64,128", "bits": "4,3", "evaluation.samples": "64"}
 SCORES = {
@@ -26,13 +29,28 @@ SCORES = {
     "bytes_packed": "bytes",
 }
 TASK_SCORES = {"kl": "KL", "velocity_guided_relative_l2": "guided"}
-HEADLINE = re.compile(r"^\S+, recipe (?P<recipe>\S+), (?P<bits>\d) bits, group size (?P<group_size>\d+)$")
+HEADLINE = re.compile(
+    r"^\S+, recipe (?P<recipe>\S+)( \(changed\))?, (?P<bits>\d) bits, group size (?P<group_size>\d+)$"
+)
 REPORT = re.compile(r"^report\s+(?P<path>\S.*)$")
 
 
 def main(arguments: list[str]) -> None:
     settings = SWEPT | dict(word.split("=", 1) for word in arguments)
-    command = [sys.executable, "-m", "flows.full_run", "-m", *(f"{name}={value}" for name, value in settings.items())]
+    labels = settings.pop("recipe").split(",")
+    further = [f"{name}={value}" for name, value in settings.items()]
+    shipped = [label for label in labels if label not in ABLATION]
+    sweeps = [[f"recipe={','.join(shipped)}"]] if shipped else []
+    sweeps += [overrides_of(label) for label in labels if label in ABLATION]
+    runs = [run for sweep in sweeps for run in swept([*sweep, *further])]
+    runs.sort(key=lambda run: (-int(run["bits"]), int(run["group_size"])))
+    print(table(runs, SCORES))
+    print(table(runs, task_columns(runs)))
+
+
+def swept(words: list[str]) -> list[dict]:
+    """The runs of one sweep, in order. Ends the script with its exit status where it fails."""
+    command = [sys.executable, "-m", "flows.full_run", "-m", *words]
     print(" ".join(command[1:]), flush=True)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     runs: list[dict] = []
@@ -44,9 +62,7 @@ def main(arguments: list[str]) -> None:
             runs[-1]["metrics"] = metrics_of(Path(found["path"]).parent)
     if process.wait():
         sys.exit(process.returncode)
-    runs.sort(key=lambda run: (-int(run["bits"]), int(run["group_size"])))
-    print(table(runs, SCORES))
-    print(table(runs, task_columns(runs)))
+    return runs
 
 
 def task_columns(runs: list[dict]) -> dict[str, str]:
