@@ -7,13 +7,17 @@
     python -m flows.generate examples=Lance/config/examples/image_edit_example.json checkpoint=image
 
 Writes `<out>/<task>-<seed>.png`, `.mp4` or `.txt` and a JSON beside it. What an example file asks for goes to
-`<out>/<its name>/000001.png` and so on, the runs of a sweep (-m) to `<out>/0`, `<out>/1`.
+`<out>/<its name>/000001.png` and so on, the runs of a sweep (-m) to `<out>/0`, `<out>/1`. Nothing is overwritten: where
+a name is taken, -2, -3 and so on is put behind it, behind the folder's for an example file.
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -41,8 +45,9 @@ class GenerateConfig:
     """One request, or an example file's. Every key: docs/configuration.md.
 
     weights: bf16, or the folder of a pack artifact or of report/<key>/model. resolution: one of PRESETS, else the
-    checkpoint's own. height, width, frames: of what is drawn; 0 is a square of the resolution's edge, for clips that of
-    clips, and the checkpoint's `frames`. accelerate: auto (on a GPU), on or off (docs/performance.md).
+    checkpoint's own. height, width, frames: of what is drawn, where nothing given decides it; 0 is a square of the
+    resolution's edge, for clips that of clips, and the checkpoint's `frames`. accelerate: auto (on a GPU), on or off
+    (docs/performance.md).
     """
 
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -106,6 +111,7 @@ def generate(cfg: GenerateConfig) -> None:
 
     from lance_quant.checkpoint.layout import open_checkpoint
     from lance_quant.devices import choose_device
+    from lance_quant.model.inputs import drawn_size
     from lance_quant.model.sampler import FlowConfig
     from lance_quant.runtime.generate import GenerationConfig, Generator, check_request, check_task
 
@@ -124,28 +130,33 @@ def generate(cfg: GenerateConfig) -> None:
     examples = asked(cfg)
     for example in examples:
         check_task(checkpoint, example.task)
+        check_size_keys(cfg, example.task)
     if device == "cpu" and checkpoint.config.hidden_size < SMALL_WIDTH:
         torch.set_num_threads(1)
     weights = None if cfg.weights == BF16 else Path(cfg.weights).expanduser()
     generator = Generator(checkpoint, weights, device, cfg.accelerate)
-    out = Path(cfg.out) / Path(cfg.examples).stem
+    out = Path(cfg.out)
     lines = Lines(len(examples))
     identity = None
     for index, example in enumerate(examples):
-        edge = checkpoint.edges(example.task).image_edge
+        edges = checkpoint.edges(example.task)
         request = example.request(
-            height=cfg.height or edge,
-            width=cfg.width or edge,
+            height=cfg.height or edges.image_edge,
+            width=cfg.width or edges.image_edge,
             frames=cfg.frames or checkpoint.frames,
         )
         if index == 0:
             check_request(checkpoint, request)
             print(f"{checkpoint.name}, weights {cfg.weights}, on {device}", file=sys.stderr, flush=True)
+            frames = drawn_size(request, edges)[0] if cfg.frames else 0
+            if frames != cfg.frames:
+                print(f"frames={cfg.frames} draws {frames}: a clip has 4 n + 1", file=sys.stderr, flush=True)
         result = generator.run(request, settings, lines.of(index))
         identity = identity or weights_identity(generator, Path(cfg.artifacts))
-        edges = {"resolution": asdict(checkpoint.edges(example.task))}
-        origin = {"request": recorded(example, request), "settings": asdict(settings) | edges | {"device": device}}
-        write(out, example.name, result, origin | {"weights": identity})
+        said = asdict(settings) | {"resolution": asdict(edges), "device": device}
+        if index == 0 and cfg.examples:
+            out = own_folder(out / Path(cfg.examples).stem)
+        write(out, example.name, result, {"request": recorded(example, result), "settings": said, "weights": identity})
 
 
 def asked(cfg: GenerateConfig) -> list:
@@ -177,8 +188,24 @@ def asked(cfg: GenerateConfig) -> list:
     ]
 
 
-def recorded(example, request) -> dict:
-    """The request as its JSON tells of it: what has a say in its task."""
+def check_size_keys(cfg: GenerateConfig, task: str) -> None:
+    """Raises LanceQuantError for a height, width or frames that has no say in the task, rather than pass over it."""
+    from lance_quant.model.inputs import SIZED
+    from lance_quant.model.request import GIVEN, UNDERSTANDING
+
+    for name in ("height", "width", "frames"):
+        value = getattr(cfg, name)
+        if not value or name in SIZED.get(task, ()):
+            continue
+        why = f"takes its {name} from {GIVEN[task]}=..." if task in GIVEN else "draws a single frame"
+        if task in UNDERSTANDING:
+            why = "draws nothing"
+        raise LanceQuantError(f"task {task} {why}: leave {name}={value} out")
+
+
+def recorded(example, result) -> dict:
+    """The request as its JSON tells of it: what has a say in its task, sizes as they were drawn."""
+    from lance_quant.model.inputs import SIZED
     from lance_quant.model.request import GIVEN, INSTRUCTIONS, UNDERSTANDING
 
     task = example.task
@@ -187,9 +214,12 @@ def recorded(example, request) -> dict:
         record |= {"instruction": example.instruction or INSTRUCTIONS[task], "reference": example.answer}
     if task in GIVEN:
         record[GIVEN[task]] = str(example.media.resolve())
-    else:
-        record |= {"height": request.height, "width": request.width}
-    return record | ({"frames": request.frames} if task in ("t2v", "i2v") else {})
+    return record | {name: value for name, value in sizes(result).items() if name in SIZED.get(task, ())}
+
+
+def sizes(result) -> dict[str, int]:
+    """frames, height and width of what was drawn; nothing for an answer."""
+    return {} if result.frames is None else dict(zip(("frames", "height", "width"), result.frames.shape, strict=False))
 
 
 def write(out: Path, name: str, result, origin: dict) -> None:
@@ -197,23 +227,46 @@ def write(out: Path, name: str, result, origin: dict) -> None:
     from lance_quant.media import write_clip, write_image
 
     out.mkdir(parents=True, exist_ok=True)
+    made = sizes(result)
     if result.frames is None:
-        file = out / f"{name}.txt"
+        file = own_file(out, name, ".txt")
         file.write_text(result.text + "\n", encoding="utf-8")
         made = {"answer": result.text, "answer_with_stop_token": result.raw, "tokens": list(result.tokens)}
     elif len(result.frames) == 1:
-        file = out / f"{name}.png"
+        file = own_file(out, name, ".png")
         write_image(file, result.frames[0])
     else:
-        file = out / f"{name}.mp4"
+        file = own_file(out, name, ".mp4")
         write_clip(file, result.frames)
-    if result.frames is not None:
-        made = dict(zip(("frames", "height", "width"), result.frames.shape, strict=False))
     cost = {"seconds": {part: round(value, 4) for part, value in result.seconds.items()}}
     cost |= {name: round(value, 4) for name, value in result.rate.items()} | {"gpu_peak_bytes": result.peak_bytes}
     record = {"file": file.name} | made | origin | cost
-    (out / f"{name}.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    file.with_suffix(".json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"{file}  {result.text}".rstrip(), flush=True)
+
+
+def own_file(out: Path, name: str, suffix: str) -> Path:
+    """A new empty file, `<name><suffix>` or with -2, -3 ... behind the name: the first that no file of `out` bears."""
+    taken = {file.stem for file in out.iterdir()}
+    for candidate in candidates(name):
+        if candidate not in taken:
+            with contextlib.suppress(FileExistsError):  # another process was quicker
+                (out / f"{candidate}{suffix}").touch(exist_ok=False)
+                return out / f"{candidate}{suffix}"
+
+
+def own_folder(folder: Path) -> Path:
+    """The folder, new and empty, or with -2, -3 ... behind its name where it is there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for candidate in candidates(folder.name):
+        with contextlib.suppress(FileExistsError):
+            folder.with_name(candidate).mkdir()
+            return folder.with_name(candidate)
+
+
+def candidates(name: str) -> Iterator[str]:
+    yield name
+    yield from (f"{name}-{count}" for count in itertools.count(2))
 
 
 def weights_identity(generator, artifacts: Path) -> dict:

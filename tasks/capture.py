@@ -7,7 +7,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from lance_quant.calibration import BUNDLED_REVISION
-from lance_quant.calibration.config import calibrated_tasks, weights_of
+from lance_quant.calibration.config import TEXT, calibrated_tasks, weights_of
 from lance_quant.checkpoint.layout import PATHS, open_checkpoint, targets
 from lance_quant.errors import LanceQuantError
 from tasks.config import RunConfig, read_fields, sample_fields
@@ -49,17 +49,18 @@ def capture(cfg: RunConfig, loaded: Artifact, devices: Devices) -> Artifact:
     return as_state(Store(cfg.artifacts).keep(identity, build))
 
 
-def uncovered(cfg: RunConfig, captured: Artifact) -> list[str]:
-    """Linears that saw fewer than `min_tokens` tokens, over all tasks: every linear of a path sees the same ones."""
+def tokens_seen(captured: Artifact, layout: str) -> dict[str, int]:
+    """Path -> tokens over all tasks: every linear of a path sees the same ones."""
+    paths = ("und",) if layout == "text" else PATHS  # a text model's generation twins receive no token
     tokens = captured.summary["tokens"].values()
-    seen = {path: sum(of_task[path] for of_task in tokens) for path in PATHS}
+    return {path: sum(of_task[path] for of_task in tokens) for path in paths}
+
+
+def uncovered(cfg: RunConfig, captured: Artifact) -> list[str]:
+    """Linears that saw fewer than `min_tokens` tokens."""
     opened = open_checkpoint(cfg.checkpoint)
-    paths = ("und",) if opened.layout == "text" else PATHS  # a text model's generation twins receive no token
-    return [
-        target.name
-        for target in targets(opened.config)
-        if target.path in paths and seen[target.path] < cfg.calibration.min_tokens
-    ]
+    few = [path for path, seen in tokens_seen(captured, opened.layout).items() if seen < cfg.calibration.min_tokens]
+    return [target.name for target in targets(opened.config) if target.path in few]
 
 
 def require_coverage(cfg: RunConfig, captured: Artifact) -> None:
@@ -80,5 +81,14 @@ def require_coverage(cfg: RunConfig, captured: Artifact) -> None:
         some = ", ".join(names[:NAMED]) + (" ..." if len(names) > NAMED else "")
         raise LanceQuantError(
             f"{len(names)} linears saw fewer than calibration.min_tokens={cfg.calibration.min_tokens} tokens "
-            f"({some}): raise calibration.samples or go on with allow_uncovered=true"
+            f"({some}): {more_tokens(cfg, captured)} or go on with allow_uncovered=true"
         )
+
+
+def more_tokens(cfg: RunConfig, captured: Artifact) -> str:
+    """What brings uncovered linears their tokens: more samples do nothing for a path that none of them takes."""
+    if all(tokens_seen(captured, open_checkpoint(cfg.checkpoint).layout).values()):
+        return "raise calibration.samples"
+    if cfg.calibration.source == TEXT:
+        return "plain text never reaches what draws, so calibrate on what does (calibration=bundled)"
+    return "no task of calibration.tasks draws, so add one that does (t2i)"

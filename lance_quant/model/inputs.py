@@ -6,7 +6,8 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from lance_quant.errors import LanceQuantError
-from lance_quant.model.pixels import latent_grid, open_image, vae_pixels, vit_patches, vit_pixels
+from lance_quant.model.config import TEMPORAL_DOWNSAMPLE
+from lance_quant.model.pixels import latent_grid, nearest_bucket, open_image, vae_pixels, vit_patches, vit_pixels
 from lance_quant.model.prompts import USER_BLOCKS, assemble
 from lance_quant.model.request import GIVEN, INSTRUCTIONS, TASKS, UNDERSTANDING, Request
 from lance_quant.model.resolution import Preset
@@ -14,6 +15,9 @@ from lance_quant.model.sequence import Sample
 from lance_quant.model.vae import WanVAE
 
 MISSING = {"image": "a picture and got none: give image=FILE", "video": "a clip and got none: give video=FILE"}
+
+# which sizes a request names itself; the others come from its picture or clip, and t2i draws a single frame
+SIZED = {"t2i": ("height", "width"), "t2v": ("height", "width", "frames"), "i2v": ("frames",)}
 
 
 def prepare(request: Request, tokenizer: Tokenizer, edges: Preset, vae: WanVAE | None = None) -> Sample:
@@ -31,7 +35,7 @@ def prepare(request: Request, tokenizer: Tokenizer, edges: Preset, vae: WanVAE |
     clean, target = None, None
     if task not in UNDERSTANDING:
         clean = vae.encode(vae_pixels(frames, edges.image_edge)).cpu() if frames else None
-        target = _target_grid(request, clean)
+        target = latent_grid(*drawn_size(request, edges))
     sample = assemble(
         task,
         tokenizer,
@@ -58,17 +62,23 @@ def given_frames(request: Request) -> list[Image.Image]:
     return [open_image(frame) for frame in frames]
 
 
-def _target_grid(request: Request, clean) -> tuple[int, int, int]:
-    """Latents (t, h, w) to draw: of the size asked for, or of what is given (Lance spec sec. 6)."""
-    if request.task in ("image_edit", "video_edit"):
-        return tuple(clean.shape[:3])
-    if request.frames < 1:
-        raise LanceQuantError(f"'{request.name}': frames={request.frames} must be at least 1")
-    frames = 1 if request.task == "t2i" else request.frames
-    if request.task == "i2v":
-        return (latent_grid(frames, 16, 16)[0], *clean.shape[1:3])
-    if min(request.height, request.width) < 16 or request.height % 16 or request.width % 16:
-        raise LanceQuantError(
-            f"'{request.name}' draws {request.width} x {request.height} pixels: both sides must be multiples of 16"
-        )
-    return latent_grid(frames, request.height, request.width)
+def drawn_size(request: Request, edges: Preset) -> tuple[int, int, int]:
+    """(frames, height, width) that a task draws: of the size asked for, or of what is given (Lance spec sec. 6).
+
+    A clip has 4 n + 1 frames; what is more is left out, as upstream does. Raises LanceQuantError where the size asked
+    for is none.
+    """
+    task = request.task
+    height, width, frames = request.height, request.width, 1
+    if task in GIVEN:
+        picture = request.image if GIVEN[task] == "image" else request.video[0]
+        width, height = nearest_bucket(*picture.size, edges.image_edge)
+    elif min(height, width) < 16 or height % 16 or width % 16:
+        raise LanceQuantError(f"'{request.name}' draws {width} x {height} pixels: both sides must be multiples of 16")
+    if task == "video_edit":
+        frames = len(request.video)
+    elif "frames" in SIZED.get(task, ()):
+        frames = request.frames
+        if frames < 1:
+            raise LanceQuantError(f"'{request.name}': frames={frames} must be at least 1")
+    return frames - (frames - 1) % TEMPORAL_DOWNSAMPLE, height, width

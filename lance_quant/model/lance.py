@@ -66,7 +66,7 @@ class Lance(nn.Module):
             if grid[0] > self.config.max_latent_frames:
                 raise LanceQuantError(
                     f"a clip of {grid[0]} latent frames is beyond this model's {self.config.max_latent_frames}: "
-                    f"draw at most {self.config.max_num_frames} frames"
+                    f"draw or give at most {self.config.max_num_frames} frames"
                 )
             if max(grid[1:]) > most:
                 raise LanceQuantError(

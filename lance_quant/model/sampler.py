@@ -7,6 +7,7 @@ The state holds the latents of every VAE block, float32 or bfloat16 as the model
 data to noise. One loop serves generation, evaluation and calibration.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -49,8 +50,10 @@ class FlowConfig:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise LanceQuantError(f"steps={self.steps} must be at least 1")
-        if self.timestep_shift <= 0:
-            raise LanceQuantError(f"timestep_shift={self.timestep_shift} must be positive")
+        if not 0 < self.timestep_shift < math.inf:  # said so that NaN fails too, here and below
+            raise LanceQuantError(f"timestep_shift={self.timestep_shift} must be positive and finite")
+        if not 0 <= self.guidance < math.inf:
+            raise LanceQuantError(f"guidance={self.guidance} must be at least 0 and finite: up to 1 it is off")
         if self.renorm not in RENORMS:
             raise LanceQuantError(f"renorm='{self.renorm}' is unknown: take one of {', '.join(RENORMS)}")
 

@@ -18,10 +18,12 @@ from tokenizers import Tokenizer
 from lance_quant.checkpoint.layout import LAYOUT_TASKS, Checkpoint
 from lance_quant.devices import current
 from lance_quant.errors import LanceQuantError
-from lance_quant.model.inputs import given_frames, prepare
+from lance_quant.model.config import SPATIAL_DOWNSAMPLE
+from lance_quant.model.inputs import drawn_size, given_frames, prepare
 from lance_quant.model.lance import Lance, load_lance
+from lance_quant.model.pixels import SAMPLED_FPS
 from lance_quant.model.prompts import decode_answer, load_tokenizer
-from lance_quant.model.request import GENERATION, TASKS, UNDERSTANDING, Request
+from lance_quant.model.request import GENERATION, GIVEN, TASKS, UNDERSTANDING, Request
 from lance_quant.model.sampler import FlowConfig, initial_state, run_flow, start_flow
 from lance_quant.model.sequence import Sample
 from lance_quant.model.understanding import answer
@@ -155,6 +157,8 @@ def check_request(checkpoint: Checkpoint, request: Request) -> None:
     """Is it a task that the checkpoint serves, with what it needs? Loads nothing. Raises LanceQuantError."""
     check_task(checkpoint, request.task)
     given_frames(request)
+    if request.task in GENERATION:
+        check_size(checkpoint, request)
 
 
 def check_task(checkpoint: Checkpoint, task: str) -> None:
@@ -167,6 +171,26 @@ def check_task(checkpoint: Checkpoint, task: str) -> None:
         raise LanceQuantError(
             f"task {task} is not one of the {checkpoint.layout} model in {checkpoint.folder}, which serves "
             f"{', '.join(served) or 'none'}: take checkpoint={choice}"
+        )
+
+
+def check_size(checkpoint: Checkpoint, request: Request) -> None:
+    """Raises LanceQuantError for a drawing beyond the model's position table, and says how to come within it."""
+    frames, height, width = drawn_size(request, checkpoint.edges(request.task))
+    given, most = GIVEN.get(request.task), checkpoint.config.max_num_frames
+    if frames > most:
+        clip, asked, mend = "draws", request.frames, f"take frames={most} or less"
+        if given == "video":  # sampled when it was read, at SAMPLED_FPS whatever its own rate
+            clip, asked = "gives a clip of", len(request.video)
+            mend = f"give a clip of at most {most} frames, {most / SAMPLED_FPS:.2g} seconds"
+        raise LanceQuantError(
+            f"'{request.name}' {clip} {asked} frames at {SAMPLED_FPS} a second, beyond this model's {most}: {mend}"
+        )
+    side = checkpoint.config.max_latent_size * SPATIAL_DOWNSAMPLE
+    if max(height, width) > side:
+        mend = "take a lower resolution=..." + (f", or {given}=... of another shape" if given else ", height or width")
+        raise LanceQuantError(
+            f"'{request.name}' draws {width} x {height} pixels, beyond this model's {side} a side: {mend}"
         )
 
 

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from lance_quant.checkpoint.layout import layout_of
 from lance_quant.checkpoint.native import META_FILE, NIBBLE_BITS, PART_DTYPE, PARTS, STATE_FILE, part_shapes
 from lance_quant.checkpoint.reader import TensorReader
 from lance_quant.errors import LanceQuantError
@@ -86,6 +87,11 @@ class PackedFolder:
                     f"{self.folder / STATE_FILE}: '{key}' is {held[0]} {list(held[1])}, but by {META_FILE} it should "
                     f"be {PART_DTYPE[part]} {list(shapes[part])}"
                 )
+
+    @property
+    def layout(self) -> str:
+        """Of the checkpoint that it was packed from, a row of `LAYOUT_TASKS`: its tensors' names are kept."""
+        return layout_of(self.reader.names())
 
     def others(self) -> list[str]:
         """Keys that are no part of a quantized weight: bf16 tensors, biases of quantized linears among them."""

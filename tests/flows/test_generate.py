@@ -86,10 +86,11 @@ def video(tmp_path_factory):
 
 
 def run(tmp_path, checkpoint, **settings) -> dict:
-    """Run in this process; the only JSON that it writes."""
-    fields = {"steps": 2, "frames": 9, "device": "cpu", "out": str(tmp_path / "out"), "artifacts": str(tmp_path)}
-    generate(GenerateConfig(checkpoint=checkpoint, **fields | settings))
-    (file,) = (tmp_path / "out").glob("*.json")
+    """Run in this process; the JSON that it writes."""
+    fields = {"steps": 2, "device": "cpu", "out": str(tmp_path / "out"), "artifacts": str(tmp_path)}
+    before = set((tmp_path / "out").rglob("*.json"))
+    generate(GenerateConfig(checkpoint=replace(checkpoint, frames=9), **fields | settings))
+    (file,) = set((tmp_path / "out").rglob("*.json")) - before
     return read_json(file)
 
 
@@ -98,6 +99,35 @@ def test_a_clip(tmp_path, video):
     assert (record["file"], record["frames"], record["height"], record["width"]) == ("t2v-7.mp4", 9, 64, 64)
     assert record["request"]["frames"] == 9
     assert read_clip(tmp_path / "out" / "t2v-7.mp4")[0].size == (64, 64)
+
+
+def test_frames_are_those_that_were_drawn(tmp_path, video, capsys):
+    record = run(tmp_path, video, task="t2v", prompt="a red circle", frames=6)
+    assert record["frames"] == record["request"]["frames"] == 5
+    assert "frames=6 draws 5: a clip has 4 n + 1\n" in capsys.readouterr().err
+    run(tmp_path, video, task="t2v", prompt="a red circle", frames=5)
+    run(tmp_path, replace(video, frames=6), task="t2i", prompt="a red circle")
+    assert "4 n + 1" not in capsys.readouterr().err
+
+
+def test_what_was_drawn_before_stays(tmp_path, video):
+    out, asked = tmp_path / "out", {"task": "t2v", "prompt": "a red circle", "seed": 7}
+    first = run(tmp_path, video, **asked, frames=5)
+    kept = {file: file.read_bytes() for file in out.iterdir()}
+    records = [run(tmp_path, video, **asked | {"prompt": "a blue circle"}, frames=frames) for frames in (5, 1)]
+    assert [record["file"] for record in (first, *records)] == ["t2v-7.mp4", "t2v-7-2.mp4", "t2v-7-3.png"]
+    assert read_json(out / "t2v-7-3.json") == records[1]
+    assert len(list(out.iterdir())) == 6
+    assert kept == {file: file.read_bytes() for file in kept}
+
+
+def test_an_example_file_run_again_has_a_folder_of_its_own(tmp_path, video):
+    file = tmp_path / "t2i_example.json"
+    file.write_text(json.dumps({"000000.png": "a red circle"}))
+    for _ in range(3):
+        run(tmp_path, video, examples=str(file))
+    folders = {folder.name: sorted(one.name for one in folder.iterdir()) for folder in (tmp_path / "out").iterdir()}
+    assert folders == {f"t2i_example{end}": ["000000.json", "000000.png"] for end in ("", "-2", "-3")}
 
 
 def test_without_a_size_clips_take_that_of_clips(tmp_path, video):
@@ -167,6 +197,14 @@ MISTAKES = {
     "task=t2i prompt=x resolution=big": "resolution=big is unknown: take one of image_256res",
     "task=t2i prompt=x height=-1": "height=-1 must be positive",
     "task=t2i prompt=x steps=0": "steps=0 must be at least 1",
+    "task=t2i prompt=x guidance=-3": "guidance=-3.0 must be at least 0",
+    "task=t2i prompt=x guidance=nan": "guidance=nan must be at least 0",
+    "task=t2i prompt=x timestep_shift=nan": "timestep_shift=nan must be positive",
+    "task=t2i prompt=x frames=5": "task t2i draws a single frame: leave frames=5 out",
+    "task=i2v prompt=x image=a.png height=64 checkpoint=tiny_video": "takes its height from image=...: leave height=64",
+    "task=video_edit prompt=x video=a.gif frames=5 checkpoint=tiny_video": "takes its frames from video=...: leave",
+    "task=x2t_image prompt=x image=a.png width=64": "task x2t_image draws nothing: leave width=64 out",
+    "task=t2v prompt=x frames=45 checkpoint=tiny_video": "draws 45 frames at 12 a second, beyond this model's 9: take",
     "task=t2i prompt=x seed=-1": "seed=-1 must lie between",
     "task=t2i prompt=x max_new_tokens=0": "max_new_tokens=0 must be at least 1",
     "task=t2i prompt=x device=gpu": "device=gpu is unknown",

@@ -167,7 +167,7 @@ def test_sizes_are_checked(stand):
     with pytest.raises(LanceQuantError, match="multiples of 16"):
         prepare(replace(request("t2i"), width=50), tokenizer, checkpoint.edges("t2i"), vae)
     long = prepare(replace(request("t2v"), frames=50), tokenizer, checkpoint.edges("t2v"), vae)
-    with pytest.raises(LanceQuantError, match="draw at most 9 frames"):
+    with pytest.raises(LanceQuantError, match="draw or give at most 9 frames"):
         lance.latent_table(long.latent_grids)
     assert set(GIVEN) < set(TASKS)
 

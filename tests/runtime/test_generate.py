@@ -1,5 +1,7 @@
 """Any request on a random checkpoint, bf16 and packed: shapes, repetition to the bit, refusals."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,6 +11,7 @@ from lance_quant.awq.pack import PackJob, pack
 from lance_quant.awq.search import LayerJob, search_layer
 from lance_quant.errors import LanceQuantError
 from lance_quant.model.request import TASKS, Request
+from lance_quant.model.resolution import Preset
 from lance_quant.model.sampler import FlowConfig
 from lance_quant.runtime.generate import GenerationConfig, Generator
 from lance_quant.runtime.int4_linear import Int4Linear
@@ -113,8 +116,18 @@ def test_packed(packed, video):
 
 
 def test_a_packed_folder_of_another_checkpoint(packed, tmp_path):
-    other = Generator(random_checkpoint(tmp_path / "other", layers=2), packed.weights, "cpu")
+    other = Generator(random_checkpoint(tmp_path / "other", layout="video", layers=2), packed.weights, "cpu")
     with pytest.raises(LanceQuantError, match="awq_state_dict.safetensors"):
+        other.run(request("t2i"), FAST)
+
+
+def test_a_packed_folder_of_the_other_layout(packed, tmp_path):
+    other = Generator(random_checkpoint(tmp_path, layers=1), packed.weights, "cpu")
+    words = (
+        "was packed from the video layout, but checkpoint random is of the image layout: take the one it was packed "
+        r"from \(checkpoint=tiny_video or video\), or weights packed from random"
+    )
+    with pytest.raises(LanceQuantError, match=words):
         other.run(request("t2i"), FAST)
 
 
@@ -125,6 +138,24 @@ def test_a_request_that_lacks_something_is_refused_before_anything_is_loaded(vid
     with pytest.raises(LanceQuantError, match="draws 48 x 33 pixels"):
         fresh.run(request("t2i", height=33), FAST)
     assert "lance" not in vars(fresh)
+
+
+def test_what_is_beyond_the_position_table_is_refused_before_anything_is_loaded(video):
+    fresh = Generator(video.checkpoint, None, "cpu")
+    longer = tuple(2 * request("video_edit").video) + request("video_edit").video
+    asked = (
+        ("t2v", {"frames": 16}, "'it' draws 16 frames at 12 a second, beyond this model's 9: take frames=9 or less"),
+        ("video_edit", {"video": longer}, "gives a clip of 15 frames .*give a clip of at most 9 frames, 0.75 seconds"),
+        ("t2i", {"width": 272}, "draws 272 x 32 pixels, beyond this model's 256 a side: .*, height or width"),
+    )
+    for task, more, words in asked:
+        with pytest.raises(LanceQuantError, match=words):
+            fresh.run(request(task, **more), FAST)
+    wide = Generator(replace(video.checkpoint, pictures=Preset(256, 56)), None, "cpu")
+    with pytest.raises(LanceQuantError, match="draws 368 x 160 pixels, .* or image=... of another shape"):
+        wide.run(request("image_edit", image=Image.new("RGB", (210, 90))), FAST)
+    assert not {"tokenizer", "lance", "vae"} & (vars(fresh).keys() | vars(wide).keys())
+    assert video.run(request("video_edit", video=longer[:12]), FAST).frames.shape == (9, 48, 80, 3)
 
 
 def test_a_task_of_the_other_family(tmp_path):
