@@ -26,7 +26,7 @@ from lance_quant.calibration.forwards import Embedding, Piece, cache_for, move_o
 from lance_quant.calibration.jobs import Job, Preparation, text_job
 from lance_quant.calibration.plan import KeptSequence, Pass, Plan, kept_sequences, make_passes, make_plan
 from lance_quant.calibration.recorder import Recorder
-from lance_quant.calibration.samples import calibration_requests, text_pieces
+from lance_quant.calibration.samples import calibration_requests, most_samples, text_pieces
 from lance_quant.calibration.streaming import (
     DTYPE,
     bare_decoder,
@@ -117,7 +117,7 @@ def prepare_jobs(checkpoint: Checkpoint, cfg: CalibrationConfig, device: str, te
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32  # on a GPU as upstream
         vae = load_vae(checkpoint.vae_file, device, dtype)
     preparation = Preparation(checkpoint=checkpoint, cfg=cfg, tokenizer=tokenizer, vae=vae)
-    jobs, expected = [], len(tasks) * cfg.samples
+    jobs, expected = [], most_samples(cfg, tasks)
     for index, request in enumerate(calibration_requests(checkpoint, cfg)):
         jobs.append(preparation.job(index, request))
         tell(index + 1, max(expected, index + 1), f"samples prepared, {request.name}")

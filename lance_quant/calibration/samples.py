@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -44,6 +44,13 @@ def _published(checkpoint: Checkpoint, cfg: CalibrationConfig, task: str) -> Ite
 
 
 SOURCES = {"scenes": _scenes, "bundled": _bundled, "published": _published}
+
+
+def most_samples(cfg: CalibrationConfig, tasks: Iterable[str]) -> int:
+    """How many requests there will be at most, for whoever tells of progress."""
+    from lance_quant.calibration.bundled import COUNTS
+
+    return sum(min(cfg.samples, COUNTS[task]) if cfg.source == "bundled" else cfg.samples for task in tasks)
 
 
 def examples_file(cfg: CalibrationConfig, task: str) -> Path:

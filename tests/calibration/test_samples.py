@@ -1,9 +1,11 @@
 """Pieces of the user's own text: every file counts, long ones are cut as they are, short ones are joined."""
 
+from dataclasses import replace
+
 import pytest
 
 from lance_quant.calibration.config import CalibrationConfig
-from lance_quant.calibration.samples import text_pieces
+from lance_quant.calibration.samples import most_samples, text_pieces
 from lance_quant.errors import LanceQuantError
 from lance_quant.model.prompts import encode
 from lance_quant.tiny.tokenizer import train_tokenizer
@@ -60,3 +62,9 @@ def test_too_little_text_is_refused(tokenizer, tmp_path):
         file.write_text("")
     with pytest.raises(LanceQuantError, match="holds 0 tokens of text"):
         pieces_of(tokenizer, tmp_path)
+
+
+def test_progress_expects_what_the_bundled_set_holds():
+    cfg = CalibrationConfig(source="bundled", samples=16)
+    assert most_samples(cfg, ["t2i", "t2v"]) == 16 + 8
+    assert most_samples(replace(cfg, source="scenes"), ["t2i", "t2v"]) == 32
