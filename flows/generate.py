@@ -41,13 +41,21 @@ QUOTED = re.compile(r"""'([^'\\]|\\.)*'|"([^"\\]|\\.)*\"""", re.DOTALL)  # for H
 
 
 @dataclass(kw_only=True)
+class Int4Keys:
+    """Of `selection.Int4Config`, which needs torch."""
+
+    backend: str = "auto"
+    resident_gb: float = 0.0
+
+
+@dataclass(kw_only=True)
 class GenerateConfig:
     """One request, or an example file's. Every key: docs/configuration.md.
 
     weights: bf16, or the folder of a pack artifact or of report/<key>/model. resolution: one of PRESETS, else the
     checkpoint's own. height, width, frames: of what is drawn, where nothing given decides it; 0 is a square of the
     resolution's edge, for clips that of clips, and the checkpoint's `frames`. accelerate: auto (on a GPU), on or off
-    (docs/performance.md).
+    (docs/performance.md). int4: of packed weights alone (docs/int4.md).
     """
 
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -71,6 +79,7 @@ class GenerateConfig:
     faithful: bool = True
     device: str = "auto"
     accelerate: str = "auto"
+    int4: Int4Keys = field(default_factory=Int4Keys)
     artifacts: str = "artifacts"
     out: str = "artifacts/generate"
 
@@ -87,6 +96,9 @@ class GenerateConfig:
             raise LanceQuantError(f"examples={self.examples} brings its own requests: leave {own[0]} out")
         if not self.examples and not self.task:
             raise LanceQuantError("nothing to do: give task=t2i prompt='a red circle', or examples=FILE")
+        for name, value in asdict(self.int4).items():
+            if self.weights == BF16 and value != getattr(Int4Keys, name):
+                raise LanceQuantError(f"int4.{name}={value} is of packed weights: give weights=FOLDER, or leave it out")
         for name in ("weights", "artifacts", "out"):
             if not getattr(self, name):
                 raise LanceQuantError(f"{name} is empty: give {name}={getattr(type(self), name)}")
@@ -114,6 +126,7 @@ def generate(cfg: GenerateConfig) -> None:
     from lance_quant.model.inputs import drawn_size
     from lance_quant.model.sampler import FlowConfig
     from lance_quant.runtime.generate import GenerationConfig, Generator, check_request, check_task
+    from lance_quant.runtime.selection import Int4Config
 
     flow = FlowConfig(
         steps=cfg.steps,
@@ -123,7 +136,12 @@ def generate(cfg: GenerateConfig) -> None:
         faithful=cfg.faithful,
     )
     settings = GenerationConfig(flow=flow, seed=cfg.seed, max_new_tokens=cfg.max_new_tokens)
+    int4 = None if cfg.weights == BF16 else Int4Config(**asdict(cfg.int4))
     device = choose_device(cfg.device)
+    if device == "cpu" and cfg.int4.resident_gb and cfg.int4.backend != "dense":
+        raise LanceQuantError(
+            f"int4.resident_gb={cfg.int4.resident_gb} has no say on a CPU: leave it out, or give int4.backend=dense"
+        )
     checkpoint = open_checkpoint(cfg.checkpoint)
     if cfg.resolution:
         checkpoint = replace(checkpoint, pictures=PRESETS[cfg.resolution], clips=PRESETS[cfg.resolution])
@@ -134,7 +152,7 @@ def generate(cfg: GenerateConfig) -> None:
     if device == "cpu" and checkpoint.config.hidden_size < SMALL_WIDTH:
         torch.set_num_threads(1)
     weights = None if cfg.weights == BF16 else Path(cfg.weights).expanduser()
-    generator = Generator(checkpoint, weights, device, cfg.accelerate)
+    generator = Generator(checkpoint, weights, device, cfg.accelerate, int4)
     out = Path(cfg.out)
     lines = Lines(len(examples))
     identity = None
@@ -154,6 +172,8 @@ def generate(cfg: GenerateConfig) -> None:
         result = generator.run(request, settings, lines.of(index))
         identity = identity or weights_identity(generator, Path(cfg.artifacts))
         said = asdict(settings) | {"resolution": asdict(edges), "device": device}
+        if int4 is not None:
+            said["int4"] = asdict(int4)
         if index == 0 and cfg.examples:
             out = own_folder(out / Path(cfg.examples).stem)
         write(out, example.name, result, {"request": recorded(example, result), "settings": said, "weights": identity})

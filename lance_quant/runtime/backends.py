@@ -95,7 +95,7 @@ def reserve(device: torch.device) -> None:
 
 
 def _triton_serves(linear: "Int4Linear") -> bool:
-    """Not codes in the CPU's layout, which a model that went to a GPU later still has."""
+    """Not codes in the CPU's layout."""
     group = linear.group_size
     return has_triton() and linear.terms is None and group >= 16 and group & (group - 1) == 0
 

@@ -31,6 +31,7 @@ from lance_quant.model.vae import WanVAE, load_vae, vae_dtype
 from lance_quant.progress import Progress
 from lance_quant.runtime.accelerate import accelerate, check_choice
 from lance_quant.runtime.lance import load_packed_lance
+from lance_quant.runtime.selection import Int4Config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +73,22 @@ class Generator:
     so that a request that lacks its picture is refused before gigabytes are read.
 
     weights: a packed folder, or None for the checkpoint's own in bf16. device: as `choose_device` gives it.
-    accelerate: one of `accelerate.CHOICES`.
+    accelerate: one of `accelerate.CHOICES`. int4: how packed weights multiply.
     """
 
-    def __init__(self, checkpoint: Checkpoint, weights: Path | None, device: str, accelerate: str = "auto"):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        weights: Path | None,
+        device: str,
+        accelerate: str = "auto",
+        int4: Int4Config | None = None,
+    ):
         check_choice(accelerate)
+        if weights is None and int4 is not None:
+            raise LanceQuantError("int4 is of packed weights, and these are bf16: give weights=FOLDER, or leave it out")
         self.checkpoint, self.weights, self.device, self.accelerate = checkpoint, weights, device, accelerate
+        self.int4 = int4
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -88,7 +99,7 @@ class Generator:
         if self.weights is None:
             lance = load_lance(self.checkpoint, self.device)
         else:
-            lance = load_packed_lance(self.checkpoint, self.weights, self.device)
+            lance = load_packed_lance(self.checkpoint, self.weights, self.device, self.int4)
         return accelerate(lance, self.accelerate)
 
     @cached_property

@@ -26,7 +26,8 @@ class Int4Linear(nn.Module):
     or None. Built empty on `device`; `swap.swap_linears` fills it.
     backend: the name of the one to use wherever it serves; None: as measured or built in for the device.
     dense: the weight in bf16 [O, I] where `keep_dense` made it, None otherwise; no part of the state.
-    terms: None, or what goes with codes that `to_cpu_layout` has put in another order; the state has them in order.
+    terms: None, or what goes with codes that `to_cpu_layout` has put in another order. The state has them in order, and
+    so has a linear that leaves the CPU.
     """
 
     backend: str | None = None
@@ -74,7 +75,10 @@ class Int4Linear(nn.Module):
 
     def _apply(self, fn, recurse=True):
         forget_parts(self)
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        if self.qweight.device.type != "cpu":  # other devices' kernels read the codes in order
+            self.to_native_layout()
+        return self
 
     def to_cpu_layout(self) -> bool:
         """Put the codes in the order of torch's int4 kernel for CPUs; False where that does not serve this linear."""
@@ -85,6 +89,22 @@ class Int4Linear(nn.Module):
         self.qweight = pack_rows(self.codes(), rows)
         self.terms = terms(self.scales, self.zeros)
         return True
+
+    def to_native_layout(self) -> None:
+        """Undo `to_cpu_layout`."""
+        if self.terms is not None:
+            forget_parts(self)
+            self.qweight, self.terms = pack_nibbles(self.codes()), None
+
+    def _load_from_state_dict(self, *args):
+        """A state has its codes in order, and what was made of the old ones is made anew."""
+        reordered = self.terms is not None
+        self.to_native_layout()
+        super()._load_from_state_dict(*args)
+        if reordered and self.qweight.device.type == "cpu":
+            self.to_cpu_layout()
+        if self.dense is not None:
+            self.keep_dense()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

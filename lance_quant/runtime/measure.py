@@ -68,7 +68,10 @@ def cold_seconds(call: Callable[[object], object], copies: Sequence[object], lea
 
 
 def measure(device: str = "cuda", group_size: int = 64, tell: Callable[[str], object] = print) -> tuple[Choice, ...]:
-    """Time every candidate and write the GPU's table. Takes about a minute, most of it compiling."""
+    """Time every candidate and write the GPU's table. Takes about a minute, most of it compiling.
+
+    One that fails is told, and left out of the numbers of rows that it failed at.
+    """
     if not torch.cuda.is_available():
         raise LanceQuantError("no GPU here: backends are measured on the one that is to use them")
     name = torch.cuda.get_device_name(device)
@@ -78,7 +81,7 @@ def measure(device: str = "cuda", group_size: int = 64, tell: Callable[[str], ob
         copies = [random_linear(shape, group_size, device, seed) for seed in range(count)]
         for rows in ROWS:
             x = torch.randn(rows, shape[1], device=device, dtype=torch.bfloat16)
-            for candidate, seconds in candidates(copies, x).items():
+            for candidate, seconds in candidates(copies, x, tell).items():
                 total[rows][candidate] += seconds
             tell(f"{label} {rows}: " + ", ".join(f"{key} {value * 1e6:.1f} us" for key, value in total[rows].items()))
     table = table_from(total)
@@ -86,21 +89,29 @@ def measure(device: str = "cuda", group_size: int = 64, tell: Callable[[str], ob
     return table
 
 
-def candidates(copies: Sequence[Int4Linear], x: Tensor) -> dict[str, float]:
-    """Seconds by name; infinite for one that does not serve these rows."""
-    return {
-        name: cold_seconds(lambda linear, run=BACKENDS[name].run: run(linear, x), copies)
-        if BACKENDS[name].serves(copies[0], x)
-        else float("inf")
-        for name in CANDIDATES
-    }
+def candidates(copies: Sequence[Int4Linear], x: Tensor, tell: Callable[[str], object] = print) -> dict[str, float]:
+    """Seconds by name; infinite for one that does not serve these rows, or fails, which is told."""
+    found = dict.fromkeys(CANDIDATES, float("inf"))
+    for name in CANDIDATES:
+        backend = BACKENDS[name]
+        if backend.serves(copies[0], x):
+            try:
+                found[name] = cold_seconds(lambda linear, run=backend.run: run(linear, x), copies)
+            except Exception as error:  # of a compiler or a driver, by any name: the table is the others'
+                tell(f"{name} failed for {len(x)} rows and is left out: {type(error).__name__}: {error}")
+    return found
 
 
 def table_from(total: dict[int, dict[str, float]]) -> tuple[Choice, ...]:
-    """The fastest for each number of rows; neighbours with the same one become a row of the table."""
+    """The fastest for each number of rows; neighbours with the same one become a row of the table.
+
+    Raises LanceQuantError for a number of rows that none took.
+    """
     table: list[Choice] = []
     for rows, seconds in sorted(total.items()):
         best = min(seconds, key=seconds.get)
+        if seconds[best] == float("inf"):
+            raise LanceQuantError(f"no backend multiplies {rows} rows on this GPU, so that no table is written")
         if table and table[-1].backend == best:
             table.pop()
         table.append(Choice(rows, best))

@@ -56,26 +56,33 @@ class PackedFolder:
         return meta
 
     def _read_weights(self) -> dict[str, PackedWeight]:
-        weights = {}
         path = self.folder / META_FILE
-        try:
-            entries = self.meta["per_weight"]
-            for key, row in entries.items():
-                name = key.removesuffix(".weight")
+        entries = self.meta.get("per_weight") if isinstance(self.meta, dict) else None
+        if not isinstance(entries, dict):
+            raise LanceQuantError(f"{path}: per_weight is not as the native layout has it: pack the checkpoint again")
+        weights = {}
+        for key, row in entries.items():
+            name = key.removesuffix(".weight")
+            try:
                 outputs, inputs = row["shape"]
-                group = row["group_size"]
-                weights[name] = PackedWeight(name, (outputs, inputs), row["n_bit"], group, row["scheme"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise LanceQuantError(f"{path}: per_weight is not as the native layout has it ({error!r})") from None
-        for weight in weights.values():
-            if weight.bits > NIBBLE_BITS or weight.shape[1] % 2 or weight.shape[1] % weight.group_size:
+                weight = PackedWeight(name, (outputs, inputs), row["n_bit"], row["group_size"], row["scheme"])
+            except (KeyError, TypeError, ValueError) as error:
                 raise LanceQuantError(
-                    f"{path}: {weight.name} has n_bit {weight.bits} and group_size {weight.group_size} over "
-                    f"{weight.shape[1]} inputs, which is no 4-bit native layout"
+                    f"{path}: per_weight of '{key}' is not as the native layout has it ({error!r})"
+                ) from None
+            sizes = (outputs, inputs, weight.bits, weight.group_size)
+            whole = all(type(size) is int and size > 0 for size in sizes)  # true and false are ints to isinstance
+            if not whole or weight.bits > NIBBLE_BITS or inputs % 2 or inputs % weight.group_size:
+                raise LanceQuantError(
+                    f"{path}: {name} has n_bit {weight.bits!r} and group_size {weight.group_size!r} over shape "
+                    f"{row['shape']}, which is no 4-bit native layout"
                 )
+            weights[name] = weight
         return weights
 
     def _check(self, weight: PackedWeight) -> None:
+        if f"{weight.name}.weight" in self._names:
+            raise LanceQuantError(f"{self.folder / STATE_FILE} holds '{weight.name}.weight' beside its codes")
         shapes = part_shapes(weight.shape, weight.group_size)
         for part in PARTS:
             key = f"{weight.name}.{part}"

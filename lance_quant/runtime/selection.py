@@ -46,7 +46,7 @@ class Int4Config:
     def __post_init__(self) -> None:
         if self.backend != "auto":
             backend_named(self.backend)
-        if self.resident_gb < 0:
+        if not self.resident_gb >= 0:
             raise LanceQuantError(f"resident_gb={self.resident_gb} must be 0 or more")
 
 

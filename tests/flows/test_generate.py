@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -11,11 +11,12 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from flows.command import run_command
-from flows.generate import GenerateConfig, Lines, generate, literal, main, register_settings
+from flows.generate import GenerateConfig, Int4Keys, Lines, generate, literal, main, register_settings
 from lance_quant.awq.config import RecipeConfig
 from lance_quant.awq.pack import PackJob, pack
 from lance_quant.awq.search import LayerJob, search_layer
 from lance_quant.checkpoint.layout import open_checkpoint
+from lance_quant.errors import LanceQuantError
 from lance_quant.media import read_clip, read_image
 from tasks.config import CONF, strict
 from tests.flows.conftest import ROOT
@@ -176,6 +177,19 @@ def test_packed_weights(tmp_path, video):
     record = run(tmp_path, video, task="i2v", prompt="it moves", weights=str(packed), image=picture(tmp_path))
     assert record["weights"]["file"] == str(packed / "awq_state_dict.safetensors")
     assert (record["weights"]["bits"], record["weights"]["group_size"]) == (4, 32)
+    assert record["settings"]["int4"] == {"backend": "auto", "resident_gb": 0.0}
+    asked = {"task": "t2i", "prompt": "it", "weights": str(packed)}
+    for keys in (Int4Keys(backend="blocks"), Int4Keys(backend="dense", resident_gb=1)):
+        assert run(tmp_path, video, int4=keys, **asked)["settings"]["int4"] == asdict(keys)
+    wrong = {
+        "int4.resident_gb=1 has no say on a CPU": Int4Keys(resident_gb=1),
+        "backend=fastest is unknown: take auto or one of triton_gemv": Int4Keys(backend="fastest"),
+        "resident_gb=-1 must be 0 or more": Int4Keys(resident_gb=-1),
+        "resident_gb=nan must be 0 or more": Int4Keys(resident_gb=float("nan")),
+    }
+    for words, keys in wrong.items():
+        with pytest.raises(LanceQuantError, match=words):
+            run(tmp_path, video, int4=keys, **asked)
 
 
 def picture(folder) -> str:
@@ -209,6 +223,12 @@ MISTAKES = {
     "task=t2i prompt=x max_new_tokens=0": "max_new_tokens=0 must be at least 1",
     "task=t2i prompt=x device=gpu": "device=gpu is unknown",
     "task=t2i prompt=x weights=''": "weights is empty: give weights=bf16",
+    "task=t2i prompt=x int4.backend=blocks": "int4.backend=blocks is of packed weights: give weights=FOLDER",
+    "task=t2i prompt=x int4.resident_gb=2": "int4.resident_gb=2.0 is of packed weights: give weights=FOLDER",
+    "task=t2i prompt=x int4=null": "field 'int4' is not Optional",
+    "task=t2i prompt=x weights=none int4.backend=fast device=cpu": "backend=fast is unknown: take auto or one of",
+    "task=t2i prompt=x weights=none int4.resident_gb=2 device=cpu": "int4.resident_gb=2.0 has no say on a CPU",
+    "task=t2i prompt=x int4.speed=2": "Key 'speed'",
     "task=t2i prompt=x +y=1": "Key 'y' not in 'GenerateConfig'",
     "task=t2i prompt=x checkpoint=imag": "Could not find 'checkpoint/imag'",
 }

@@ -13,6 +13,7 @@ from lance_quant.errors import LanceQuantError
 from lance_quant.runtime import backends, selection
 from lance_quant.runtime.backends import BACKENDS
 from lance_quant.runtime.int4_linear import fuse
+from lance_quant.runtime.measure import SHAPES
 from lance_quant.runtime.selection import BUILT_IN, Choice, choose, read_table, table_file, write_table
 from tests.random_int4 import distance, random_int4
 
@@ -32,6 +33,45 @@ def test_products(name, group, bias):
         assert BACKENDS[name].serves(linear, x)
         assert distance(linear(x), exact(x)) < CLOSE
     assert linear(x.view(3, 11, 256)).shape == (3, 11, 128)
+
+
+REAL = (*SHAPES.values(), (256, 2048), (11008, 2048))  # [O, I] of every linear of Lance, fused and as it comes
+
+
+@pytest.mark.parametrize("shape", REAL)
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_products_at_the_sizes_of_lance(shape, group):
+    linear, exact = random_int4(*shape, group, bias=True)
+    x = torch.randn(17, shape[1], generator=torch.Generator().manual_seed(1)).bfloat16()
+    biased, bias = exact(x), linear.bias
+    for name in ON_CPU:
+        if name == "cpu_int4":
+            assert linear.to_cpu_layout()
+        small = name != "reference" or shape[0] * shape[1] < 2**23  # which takes a third of a second a call otherwise
+        for wanted, linear.bias in ((biased, bias), (biased - bias.double(), None))[: 2 if small else 1]:
+            for rows in (1, 3, 17):
+                assert distance(BACKENDS[name].run(linear, x[:rows]), wanted[:rows]) < CLOSE, (name, rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("triton_gemv", (1, 3)),
+        ("triton_few", (3, 16)),
+        ("triton_gemm", (3, 17)),
+        ("triton_dequant_cublas", (17,)),
+    ],
+)
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_products_of_triton_at_a_size_of_lance(name, rows, group):
+    """By their own configs, bf16 out, which the interpreter cuts off instead of rounding: that alone is 3.3e-3."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    linear, exact = random_int4(256, 2048, group, bias=group != 128, device=device)
+    x = torch.randn(17, 2048, generator=torch.Generator().manual_seed(1)).bfloat16().to(device)
+    for count in rows if group == 64 else rows[-1:]:
+        y = BACKENDS[name].run(linear, x[:count])
+        assert y.dtype == torch.bfloat16 and distance(y, exact(x[:count])) < CLOSE
 
 
 @pytest.mark.parametrize("group", [32, 64])
@@ -85,7 +125,7 @@ def test_what_a_gpu_takes_without_a_table(monkeypatch, rows, outputs, group, wan
     monkeypatch.setattr(backends, "has_triton", lambda: True)
     x = OnGpu(rows)
     assert choose(linear, x) is BACKENDS[wanted].run
-    linear.terms = torch.zeros(1)  # codes in the CPU's layout, in a model that went to a GPU later
+    linear.terms = torch.zeros(1)  # codes in the CPU's layout, which no GPU's kernel reads
     assert choose(linear, x) is BACKENDS["reference"].run
 
 

@@ -15,6 +15,7 @@ from lance_quant.model.resolution import Preset
 from lance_quant.model.sampler import FlowConfig
 from lance_quant.runtime.generate import GenerationConfig, Generator
 from lance_quant.runtime.int4_linear import Int4Linear
+from lance_quant.runtime.selection import Int4Config
 from tests.random_checkpoint import random_checkpoint
 
 FAST = GenerationConfig(flow=FlowConfig(steps=3), max_new_tokens=4)
@@ -113,6 +114,15 @@ def test_packed(packed, video):
     assert result.frames.shape == DRAWN["t2v"]
     assert not np.array_equal(result.frames, video.run(request("t2v"), FAST).frames)
     assert any(isinstance(module, Int4Linear) for module in packed.lance.modules())
+
+
+def test_how_packed_weights_multiply(packed, video):
+    chosen = Generator(packed.checkpoint, packed.weights, "cpu", int4=Int4Config(backend="blocks", resident_gb=1))
+    assert chosen.run(request("t2i"), FAST).frames.shape == DRAWN["t2i"]
+    linears = [module for module in chosen.lance.modules() if isinstance(module, Int4Linear)]
+    assert all(linear.backend == "blocks" and linear.dense is not None for linear in linears)
+    with pytest.raises(LanceQuantError, match="int4 is of packed weights, and these are bf16"):
+        Generator(video.checkpoint, None, "cpu", int4=Int4Config())
 
 
 def test_a_packed_folder_of_another_checkpoint(packed, tmp_path):

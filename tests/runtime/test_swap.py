@@ -1,5 +1,7 @@
 import json
+import re
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,10 @@ from lance_quant.awq.pack import PackJob, pack
 from lance_quant.awq.search import LayerJob, search_layer
 from lance_quant.checkpoint.fill import fill
 from lance_quant.checkpoint.layout import POSITION_TABLE, targets
+from lance_quant.checkpoint.reader import TensorReader
 from lance_quant.errors import LanceQuantError
 from lance_quant.model.lance import Lance
+from lance_quant.runtime import swap
 from lance_quant.runtime.int4_linear import Int4Linear
 from lance_quant.runtime.packed import PackedFolder
 from lance_quant.runtime.selection import Int4Config
@@ -106,6 +110,7 @@ def test_elsewhere_leaves_a_prefix_alone(folder):
 
 
 Q = "language_model.model.layers.0.self_attn.q_proj"
+NORM = "language_model.model.layers.0.input_layernorm_moe_gen.weight"
 
 
 @pytest.mark.parametrize(
@@ -116,6 +121,9 @@ Q = "language_model.model.layers.0.self_attn.q_proj"
         (lambda t: t.update({f"{Q}.scales": t[f"{Q}.scales"].float()}), f"'{Q}.scales' is F32"),
         (lambda t: t.pop(f"{Q}.bias"), f"'{Q}.bias' is missing"),
         (lambda t: t.update({"llm2vae.weight": torch.zeros(1, 1)}), r"'llm2vae.weight' is \[1, 1\]"),
+        (lambda t: t.update({NORM: t[NORM].int()}), f"'{NORM}' is I32, but in the native layout it is BF16"),
+        (lambda t: t.update({f"{Q}.bias": t[f"{Q}.bias"].float()}), f"'{Q}.bias' is F32"),
+        (lambda t: t.update({f"{Q}.weight": torch.zeros(64, 64).bfloat16()}), f"'{Q}.weight' beside its codes"),
         (lambda t: t.update({"connector.weight": torch.zeros(1)}), "unknown tensor 'connector.weight'"),
     ],
 )
@@ -131,6 +139,14 @@ def test_tensors_that_do_not_fit_are_named(folder, change, said):
         (lambda m: m.pop("per_weight"), "per_weight is not as the native layout has it"),
         (lambda m: m["per_weight"][f"{Q}.weight"].update(group_size=48), f"{Q} has n_bit 4 and group_size 48"),
         (lambda m: m["per_weight"][f"{Q}.weight"].update(n_bit=5), f"{Q} has n_bit 5"),
+        (lambda m: m["per_weight"][f"{Q}.weight"].update(n_bit="4"), f"{Q} has n_bit '4' and group_size 16"),
+        (lambda m: m["per_weight"][f"{Q}.weight"].update(n_bit=True), f"{Q} has n_bit True"),
+        (lambda m: m["per_weight"][f"{Q}.weight"].update(group_size=0), f"{Q} has n_bit 4 and group_size 0"),
+        (lambda m: m["per_weight"][f"{Q}.weight"].update(group_size=16.0), f"{Q} has n_bit 4 and group_size 16.0"),
+        (lambda m: m["per_weight"][f"{Q}.weight"].update(shape=[64, "64"]), rf"{Q} .* over shape \[64, '64'\]"),
+        (lambda m: m["per_weight"][f"{Q}.weight"].update(shape=64), f"per_weight of '{Q}.weight' is not as the native"),
+        (lambda m: m["per_weight"][f"{Q}.weight"].pop("group_size"), rf"'{Q}.weight' is not .*KeyError\('group_size"),
+        (lambda m: m.update(per_weight=[]), "per_weight is not as the native layout has it"),
         (lambda m: m["per_weight"][f"{Q}.weight"].update(shape=[64, 32]), rf"'{Q}.qweight' is U8 \[64, 32\]"),
         (lambda m: m["per_weight"].update({"odd.weight": m["per_weight"][f"{Q}.weight"]}), "lacks 'odd.qweight'"),
     ],
@@ -225,6 +241,170 @@ def test_a_module_that_lacks_what_the_folder_holds(made):
     with pytest.raises(LanceQuantError, match="holds 'llm2vae.bias', which the model lacks"):
         swap_linears(lance, made[1])
     assert isinstance(lance.get_submodule(Q), nn.Linear)  # nothing has changed
+
+
+def without_linear(tensors, weights):
+    del weights[f"{Q}.weight"]
+    for part in ("qweight", "scales", "zeros", "bias"):
+        del tensors[f"{Q}.{part}"]
+
+
+def without_a_layer(tensors, weights):
+    for held in (tensors, weights):
+        for key in [key for key in held if ".layers.0." in key]:
+            del held[key]
+
+
+@pytest.mark.parametrize("on", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t, w: t.pop(NORM), f"lacks '{NORM}', which the model's layers have"),
+        (lambda t, w: t.pop(f"{Q[:-6]}q_norm.weight"), f"lacks '{Q[:-6]}q_norm.weight'"),
+        (without_linear, f"lacks '{Q}.weight'"),
+        (without_a_layer, "lacks 'language_model.model.layers.0.self_attn.q_proj.weight'"),
+        (lambda t, w: t.update({NORM: t[NORM].int()}), f"'{NORM}' is I32"),
+        (lambda t, w: t.update({NORM: t[NORM][1:].clone()}), rf"'{NORM}' is \[63\], but the model's is \[64\]"),
+        (lambda t, w: w.pop(f"{Q}.weight"), f"holds '{Q}.qweight', which the model lacks"),
+    ],
+)
+def test_layers_are_the_folders_alone(made, folder, on, change, said):
+    """Their scales are folded between norms and linears, so that a part of another origin computes nonsense."""
+    meta = json.loads((folder / "awq_meta.json").read_text())
+    edit(folder, lambda tensors: change(tensors, meta["per_weight"]))
+    (folder / "awq_meta.json").write_text(json.dumps(meta))
+    lance = empty_lance()
+    if on == "cpu":
+        fill(lance, made[0], "cpu", torch.bfloat16)
+    before = {name: (id(tensor), tensor._version) for name, tensor in lance.named_parameters()}
+    with pytest.raises(LanceQuantError, match=said):
+        swap_linears(lance, folder)
+    assert before == {name: (id(tensor), tensor._version) for name, tensor in lance.named_parameters()}
+
+
+def test_a_linear_that_the_folder_keeps_in_bf16(folder):
+    """Whole layers, one linear of them not quantized: nothing is missing."""
+    weight = torch.randn(64, 64).bfloat16()
+    meta = json.loads((folder / "awq_meta.json").read_text())
+    bias = load_file(folder / "awq_state_dict.safetensors")[f"{Q}.bias"]
+    edit(folder, lambda tensors: without_linear(tensors, meta["per_weight"]))
+    edit(folder, lambda tensors: tensors.update({f"{Q}.weight": weight, f"{Q}.bias": bias}))
+    (folder / "awq_meta.json").write_text(json.dumps(meta))
+    lance = swap_linears(empty_lance(), folder)
+    assert torch.equal(lance.get_submodule(Q).weight, weight)
+
+
+class WithTable(nn.Module):
+    """What upstream keeps its position table in."""
+
+    def __init__(self, rows: int):
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.ones(rows, 64), requires_grad=False)
+
+
+@pytest.mark.parametrize("rows", [16, 48])
+def test_the_position_table(made, rows):
+    """A model on the meta device takes the folder's, which of an image model are the rows that it reads."""
+    lance = empty_lance()
+    with torch.device("meta"):
+        lance.latent_pos_embed = WithTable(rows)
+    swap_linears(lance, made[1])
+    assert torch.equal(lance.latent_pos_embed.pos_embed, torch.zeros(16, 64).bfloat16())
+    assert not any(tensor.is_meta for tensor in (*lance.parameters(), *lance.buffers()))
+    lance = empty_lance()
+    fill(lance, made[0], "cpu", torch.bfloat16)
+    lance.latent_pos_embed = WithTable(rows)
+    swap_linears(lance, made[1])
+    assert torch.equal(lance.latent_pos_embed.pos_embed, torch.ones(rows, 64))  # a filled model has made its own
+
+
+def test_a_position_table_of_another_width(made):
+    lance = empty_lance()
+    with torch.device("meta"):
+        lance.latent_pos_embed = WithTable(16)
+        lance.latent_pos_embed.pos_embed = nn.Parameter(torch.ones(16, 32))
+    with pytest.raises(LanceQuantError, match=r"pos_embed' is \[16, 64\], but the model's is \[16, 32\]"):
+        swap_linears(lance, made[1])
+
+
+def test_a_buffer_is_filled_too(made):
+    """Where a tree keeps one of the folder's tensors in a buffer."""
+    for device in ("cpu", "meta"):
+        lance = empty_lance()
+        wanted = load_file(made[1] / "awq_state_dict.safetensors")["llm2vae.bias"]
+        del lance.llm2vae.bias
+        lance.llm2vae.register_buffer("bias", torch.zeros(48, device=device))
+        swap_linears(lance, made[1])
+        assert torch.equal(lance.llm2vae.bias, wanted.to(lance.llm2vae.bias.dtype))
+        assert "bias" in dict(lance.llm2vae.named_buffers())
+
+
+def test_all_of_a_module_goes_to_the_device(made, monkeypatch):
+    """What the folder lacks too; but what is on the meta device has nothing to move."""
+    lance = empty_lance()
+    fill(lance, made[0], "cpu", torch.bfloat16)
+    lance.extra, lance.later = nn.Linear(2, 2), nn.Linear(2, 2, device="meta")
+    lance.register_buffer("frequencies", torch.ones(3))
+    moved = []
+    monkeypatch.setattr(swap, "move", lambda module, device: moved.append((module, device)))
+    swap_linears(lance, made[1])
+    assert not moved
+    fresh = empty_lance()
+    swap_linears(fresh, made[1], device="cpu")
+    assert moved == [(fresh, "cpu")]
+    monkeypatch.undo()
+    assert not lance.frequencies.is_meta
+    swap.move(lance, "cpu")
+    assert lance.later.weight.is_meta and not lance.extra.weight.is_meta
+    swap.move(lance, "meta")
+    assert all(tensor.is_meta for tensor in (*lance.parameters(), *lance.buffers()))
+
+
+def test_float_weights_are_gone_before_anything_is_read(made, monkeypatch):
+    lance = empty_lance()
+    fill(lance, made[0], "cpu", torch.bfloat16)
+    weights = [weakref.ref(lance.get_submodule(target.name).weight) for target in targets(CONFIG)]
+    read_all, alive = TensorReader.read_all, []
+
+    def read(self, outs):
+        alive.extend(weight() is not None for weight in weights)
+        read_all(self, outs)
+
+    monkeypatch.setattr(TensorReader, "read_all", read)
+    swap_linears(lance, made[1])
+    assert len(alive) == 14 and not any(alive)
+
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "int4.md"
+EXAMPLES = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_the_examples_that_are_shown(made, example):
+    """As they stand in docs/int4.md, but for the device and the folder's place."""
+
+    def build_upstream_model() -> Lance:
+        """As upstream builds it: filled where no other device is the default one, frequencies beside the weights."""
+        here = torch.get_default_device()
+        lance = empty_lance()
+        lance.latent_pos_embed = WithTable(48)
+        if here.type != "meta":
+            fill(lance, made[0], here, torch.float32, elsewhere=(POSITION_TABLE,))
+        lance.register_buffer("frequencies", torch.ones(3), persistent=False)
+        return lance
+
+    told: list[str] = []
+    space = {"build_upstream_model": build_upstream_model, "print": lambda *words: told.append(" ".join(words))}
+    exec(example.replace('"Lance_3B_INT4"', "FOLDER").replace('"cuda"', '"cpu"'), space | {"FOLDER": made[1]}, space)
+    packed, state = load_file(made[1] / "awq_state_dict.safetensors"), space["model"].state_dict()
+    assert sum(isinstance(module, Int4Linear) for module in space["model"].modules()) == 14
+    for key in set(packed) - {POSITION_TABLE}:
+        assert torch.equal(state[key], packed[key]), key
+    left = [
+        name for name, held in (*space["model"].named_parameters(), *space["model"].named_buffers()) if held.is_meta
+    ]
+    assert left == (["frequencies"] if '"meta"' in example else [])
+    assert not left or told == left
 
 
 def test_settings_reach_the_linears(made):
