@@ -10,6 +10,7 @@ FOLD_NAMES = ("input_norm", "post_attention_norm", "up_down", "v_o")
 CLIP_NAMES = ("none", "linear", "group")
 ROUNDING_NAMES = ("nearest", "gptq", "residual", "learned")
 EVIDENCE = ("rows", "sequences")
+MOST_ALPHAS = 1001
 
 
 @dataclass(kw_only=True)
@@ -65,9 +66,14 @@ class RecipeConfig:
         known |= {"clip": CLIP_NAMES, "rounding": ROUNDING_NAMES}
         for name, choices in known.items():
             value = getattr(self, name)
-            one_of(f"recipe {self.name}: {name}", [value] if isinstance(value, str) else value, choices)
-        if self.alphas < 2:
-            raise LanceQuantError(f"recipe {self.name}: alphas={self.alphas} must be at least 2, the ends of 0..1")
+            values = [value] if isinstance(value, str) else list(value)
+            one_of(f"recipe {self.name}: {name}", values, choices)
+            if len(set(values)) < len(values):
+                raise LanceQuantError(f"recipe {self.name}: {name}={values} names one twice")
+        if not 2 <= self.alphas <= MOST_ALPHAS:
+            raise LanceQuantError(
+                f"recipe {self.name}: alphas={self.alphas} must lie between 2, the ends, and {MOST_ALPHAS}"
+            )
         if self.scoring == "none" and self.folds:
             raise LanceQuantError(f"recipe {self.name}: folds need a scoring, 'synthetic' or 'captured', not 'none'")
         if self.scoring != "none" and not self.families:
@@ -87,6 +93,14 @@ class RecipeConfig:
             )
         if not self.evidence:
             raise LanceQuantError(f"recipe {self.name}: evidence is empty; name at least one of {', '.join(EVIDENCE)}")
+        if self.sequential and not self.needs_capture:
+            raise LanceQuantError(
+                f"recipe {self.name}: sequential=true looks at kept sequences: set scoring=captured (folds=[] for none)"
+            )
+        if self.descent and "gptq" not in self.rounding and "residual" not in self.rounding:
+            raise LanceQuantError(
+                f"recipe {self.name}: descent={self.descent} follows compensation: add gptq to rounding"
+            )
         if self.scoring != "captured" and (self.clip != "none" or list(self.rounding) != ["nearest"]):
             raise LanceQuantError(
                 f"recipe {self.name}: clip={self.clip} and rounding={list(self.rounding)} look at captured rows: set "
