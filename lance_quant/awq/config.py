@@ -71,9 +71,7 @@ class RecipeConfig:
             if len(set(values)) < len(values):
                 raise LanceQuantError(f"recipe {self.name}: {name}={values} names one twice")
         if not 2 <= self.alphas <= MOST_ALPHAS:
-            raise LanceQuantError(
-                f"recipe {self.name}: alphas={self.alphas} must lie between 2, the ends, and {MOST_ALPHAS}"
-            )
+            raise LanceQuantError(f"recipe {self.name}: alphas={self.alphas} must lie between 2 and {MOST_ALPHAS}")
         if self.scoring == "none" and self.folds:
             raise LanceQuantError(f"recipe {self.name}: folds need a scoring, 'synthetic' or 'captured', not 'none'")
         if self.scoring != "none" and not self.families:
