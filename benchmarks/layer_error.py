@@ -9,7 +9,6 @@ what more calibration text would buy.
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -17,8 +16,18 @@ from pathlib import Path
 
 import torch
 from ablation import recipe_of
-from gguf_checkpoint import write_checkpoint
-from quality_lm import PIECE, check_args, check_groups, cut, integers, parser_of, text_config, texts_of
+from quality_lm import (
+    PIECE,
+    check_args,
+    check_groups,
+    cut,
+    in_a_sentence,
+    integers,
+    parser_of,
+    text_config,
+    texts_of,
+    written,
+)
 
 from lance_quant.awq.artifact import LAYER_FILE
 from lance_quant.awq.block import Block
@@ -27,8 +36,7 @@ from lance_quant.awq.lessons import lessons, whole_loss
 from lance_quant.awq.search import LayerJob, read_tensors, search_layer
 from lance_quant.awq.sequences import read_sequences
 from lance_quant.calibration.capture import capture
-from lance_quant.checkpoint.config import CheckpointConfig
-from lance_quant.checkpoint.layout import layer_targets, open_checkpoint
+from lance_quant.checkpoint.layout import layer_targets
 from lance_quant.checkpoint.native import unpack_nibbles
 from lance_quant.checkpoint.reader import TensorReader
 from lance_quant.errors import LanceQuantError
@@ -53,10 +61,7 @@ def rounded_layer(job: LayerJob, folder: Path, source: dict[str, torch.Tensor]) 
 
 
 def main(args) -> None:
-    try:
-        compare(args)
-    except LanceQuantError as error:
-        sys.exit(f"error: {error}")
+    in_a_sentence(compare, args)
 
 
 @torch.no_grad()
@@ -66,8 +71,7 @@ def compare(args) -> None:
     recipes = [replace(recipe_of(label), sequential=False) for label in dict.fromkeys(args.recipes.split(","))]
     with tempfile.TemporaryDirectory(dir=args.work) as scratch:
         work = Path(scratch)
-        write_checkpoint(args.gguf, work / "model")
-        checkpoint = open_checkpoint(CheckpointConfig(name="text", path=str(work / "model")))
+        checkpoint = written(args.gguf, work / "model")
         count = checkpoint.config.num_hidden_layers
         for layer in layers:
             if not 0 <= layer < count:

@@ -18,6 +18,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -215,10 +216,21 @@ def show(progress: str) -> None:
 
 
 def main(args) -> None:
+    in_a_sentence(compare, args)
+
+
+def in_a_sentence(work: Callable, args) -> None:
+    """Bad input ends the script with what is wrong alone."""
     try:
-        compare(args)
+        work(args)
     except LanceQuantError as error:
         sys.exit(f"error: {error}")
+
+
+def written(gguf: Path, folder: Path) -> Checkpoint:
+    """The GGUF file as a checkpoint in `folder`."""
+    write_checkpoint(gguf, folder)
+    return open_checkpoint(CheckpointConfig(name="text", path=str(folder)))
 
 
 @torch.no_grad()
@@ -227,8 +239,7 @@ def compare(args) -> None:
     recipes, seeds = [recipe_of(label) for label in args.recipes.split(",")], integers("--seeds", args.seeds)
     with tempfile.TemporaryDirectory(dir=args.work) as scratch:
         work = Path(scratch)
-        write_checkpoint(args.gguf, work / "model")
-        checkpoint = open_checkpoint(CheckpointConfig(name="text", path=str(work / "model")))
+        checkpoint = written(args.gguf, work / "model")
         config = checkpoint.config
         check_groups(config, recipes, args.group_size)
         texts = texts_of(args, config, work)

@@ -45,21 +45,19 @@ def row_parts(run: Run) -> dict:
     for form in run.forms:
         lance, best = run.form(form), {}
         for _ in range(3):
-            contexts = ("contexts", lambda lance=lance: start_flow(lance, sample, state, FlowConfig()))
-            flow = timed(contexts, best, device)
+            flow = timed("contexts", lambda lance=lance: start_flow(lance, sample, state, FlowConfig()), best, device)
             for number in ("first", "second", "third"):
                 for guided in (True, False):
                     name = f"{number} {'guided' if guided else 'plain'} step"
-                    timed((name, lambda guided=guided, flow=flow: flow.velocities(state, t, guided)), best, device)
+                    timed(name, lambda guided=guided, flow=flow: flow.velocities(state, t, guided), best, device)
         for what, (host, whole) in best.items():
             run.put(f"t2i: {what}", form, 1000 * whole, "ms")
             run.put(f"t2i: {what}, the host's part", form, 1000 * host, "ms")
     return {}
 
 
-def timed(part: tuple[str, Callable[[], object]], best: dict[str, tuple[float, float]], device: str) -> object:
+def timed(name: str, work: Callable[[], object], best: dict[str, tuple[float, float]], device: str) -> object:
     """Runs it; the least seconds until it returns, and until it is done, go to `best`."""
-    name, work = part
     started = now(device)
     out = work()
     host = time.perf_counter() - started

@@ -73,11 +73,6 @@ def bit_patterns(rows: torch.Tensor) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets, type=pa.int32()), pa.array(flat))
 
 
-def from_bit_patterns(column: pa.ChunkedArray) -> torch.Tensor:
-    """list<uint16> of equal lengths -> bfloat16 [n, I]."""
-    return _filled(column.chunks, len(column))
-
-
 def read_states(file: Path) -> torch.Tensor:
     """A layer's `state` column, bfloat16 [n, H]."""
     with pq.ParquetFile(file, pre_buffer=False) as table:

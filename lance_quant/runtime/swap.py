@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lance_quant.checkpoint.fill import check_keys
+from lance_quant.checkpoint.fill import check_keys, set_parameter
 from lance_quant.checkpoint.layout import POSITION_TABLE, layer_prefix
 from lance_quant.checkpoint.native import PARTS, STATE_FILE
 from lance_quant.errors import LanceQuantError
@@ -164,7 +164,10 @@ def _put(module: nn.Module, key: str, value: Tensor) -> None:
     """In a parameter's or a buffer's place."""
     owner, _, leaf = key.rpartition(".")
     owner = module.get_submodule(owner)
-    setattr(owner, leaf, value if leaf in dict(owner.named_buffers()) else nn.Parameter(value, requires_grad=False))
+    if leaf in dict(owner.named_buffers()):
+        setattr(owner, leaf, value)
+    else:
+        set_parameter(module, key, value)
 
 
 def move(module: nn.Module, device: torch.device | str) -> None:
