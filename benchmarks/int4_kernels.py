@@ -9,6 +9,8 @@
     tune        configs of the GEMV (1 to 4 rows, with the norm, SiLU and residual of a decode step) and of the
                 tensor-core kernels (2 to 16 rows; more), and the tables TUNED to paste into them
     table       every backend at every number of rows, and the table BUILT_IN to paste into selection.py
+    rivals      torch's tinygemm, comfy-kitchen and gemlite beside ours as the runtime chooses it and bf16 cuBLAS, and a
+                table in `out`/int4_rivals.md: int4_rivals.py says what to install. Give it stage_s=400
 
 Each number is a CUDA graph over 36 copies of a linear, as a decode step reads them. TB/s counts the bytes of the format
 alone: codes, steps and zero points, or bf16 weights (dequantize: both). `error` is the relative L2 distance from the
@@ -33,6 +35,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare machine has not installed the package
 
 from int4_configs import Candidate, dequantizers, fews, gemms, gemvs  # noqa: E402
+from int4_rivals import measure_rivals  # noqa: E402
 
 from lance_quant.errors import LanceQuantError  # noqa: E402
 from lance_quant.runtime.backends import BACKENDS  # noqa: E402
@@ -41,8 +44,14 @@ from lance_quant.runtime.int4_linear import Int4Linear  # noqa: E402
 from lance_quant.runtime.measure import CANDIDATES, SHAPES, cold_seconds, random_linear, table_from  # noqa: E402
 
 ALL_SHAPES = SHAPES | {"kv": (256, 2048), "q": (2048, 2048), "gate": (11008, 2048), "tiny": (64, 256)}
-STAGES = ("many", "dequantize", "tune", "table")
-ROWS = {"many": "2304,4608,668", "dequantize": "1", "tune": "1,8,2,16", "table": "1,2,4,5,8,16,32,64,128,668,2304"}
+STAGES = ("many", "dequantize", "tune", "table", "rivals")
+ROWS = {
+    "many": "2304,4608,668",
+    "dequantize": "1",
+    "tune": "1,8,2,16",
+    "table": "1,2,4,5,8,16,32,64,128,668,2304",
+    "rivals": "1,2,4,8,16,2304",
+}
 PIECES = (6, 12, 24, 48)  # Mi elements
 COMPILERS = 12  # threads
 CLOSE = 4e-3  # relative L2, the contract of a backend
@@ -177,6 +186,9 @@ class Bench:
                 self.total.setdefault(rows, {}).setdefault(name, 0.0)
                 self.total[rows][name] += seconds
 
+    def rivals(self) -> None:
+        measure_rivals(self)
+
     # ------------------------------------------------------------ lines
 
     def candidates(self, linears: Linears, rows: int, x, found: list[Candidate], exact: Callable) -> None:
@@ -195,28 +207,33 @@ class Bench:
                 self.best[key] = (seconds, candidate)
         self.chosen()  # on disk, whatever ends this run
 
-    def row(self, linears: Linears, rows: int, name: str, call, copies, exact: torch.Tensor) -> float:
-        """Measure, print and write one line; seconds, infinite where it failed."""
+    def row(self, *arguments) -> float:
+        """`measured`, in seconds; infinite where it failed."""
+        return self.measured(*arguments).get("us", float("inf")) * 1e-6
+
+    def measured(
+        self, linears: Linears, rows: int, name: str, call, copies, exact: torch.Tensor, close: float = CLOSE
+    ) -> dict:
+        """Measure, print and write one line, which comes back: with `us` and `tb_s`, or with `failed`."""
         line = {"stage": self.stage, "shape": linears.label, "rows": rows, "kernel": name} | self.device()
         start = f"{linears.label:8} {rows:5} {name:64}"
         held = linears.bf16_bytes() if name.startswith("bf16") else linears.int4_bytes()
         held += linears.bf16_bytes() if self.stage == "dequantize" else 0
         try:
             line["error"] = float((call(copies[0]).double() - exact).norm() / exact.norm())
-            if not line["error"] < CLOSE:
-                raise ArithmeticError(f"{line['error']:.1e} from the float64 product, at most {CLOSE} is right")
+            if not line["error"] < close:
+                raise ArithmeticError(f"{line['error']:.1e} from the float64 product, at most {close} is right")
             seconds = cold_seconds(call, copies)
             line |= {"us": seconds * 1e6, "tb_s": held / seconds / 1e12}
             print(f"{start} {line['us']:9.2f} {line['tb_s']:6.2f} {line['error']:9.1e}", flush=True)
         except Exception as error:  # one kernel's failure is a result like another
-            seconds = float("inf")
             self.failed += 1
             line["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             print(f"{start} failed: {line['failed']}", flush=True)
         if self.file:
             with self.file.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-        return seconds
+        return line
 
     def chosen(self) -> str:
         """What was fastest, as the sources hold it."""

@@ -117,6 +117,7 @@ def make_capture(folder: Path, checkpoint: Checkpoint, args) -> None:
         sequences.append(
             {
                 "sequence": np.full(length, number, dtype=np.int32),
+                "sample": np.full(length, number, dtype=np.int32),
                 "task": np.full(length, "t2i" if picture else "x2t_image", dtype=object),
                 "timestep": np.full(length, 0.5 if picture else np.nan, dtype=np.float32),
                 "token": order.astype(np.int32),
@@ -146,13 +147,15 @@ def make_capture(folder: Path, checkpoint: Checkpoint, args) -> None:
             file.parent.mkdir(parents=True)
             writers[kind] = (pq.ParquetWriter(file, schema), schema)
         for site in SITES:
-            rows, tasks = computed[path, site]
-            for task in dict.fromkeys(tasks):
-                seen = rows[torch.tensor([one == task for one in tasks], device=rows.device)].float().cpu()
+            read = computed[path, site]
+            for task in dict.fromkeys(read.tasks):
+                at = [place for place, one in enumerate(read.tasks) if one == task]
+                seen = read.rows[torch.tensor(at, device=read.rows.device)].float().cpu()
                 coverage.append(
                     {"task": task, "path": path, "layer": LAYER, "site": site, "tokens": len(seen), "weight": 1.0}
                 )
-                kept = seen[torch.randperm(len(seen), generator=draw)[: args.rows // len(set(tasks))]]
+                drawn = torch.randperm(len(seen), generator=draw)[: args.rows // len(set(read.tasks))].tolist()
+                kept = seen[drawn]
                 width = seen.shape[1]
                 tables = {
                     "statistics": {
@@ -166,7 +169,7 @@ def make_capture(folder: Path, checkpoint: Checkpoint, args) -> None:
                     "rows": {
                         "task": [task] * len(kept),
                         "site": [site] * len(kept),
-                        "sample": np.zeros(len(kept)),
+                        "sample": [read.samples[at[place]] for place in drawn],
                         "timestep": np.full(len(kept), np.nan),
                         "row": bit_patterns(kept.to(torch.bfloat16)),
                     },

@@ -14,7 +14,7 @@ from tasks.config import RunConfig, read_fields, sample_fields
 from tasks.stage import Devices, Progress, as_state, log
 from tasks.store import Artifact, Identity, Store
 
-REVISION = 5
+REVISION = 6
 NAMED = 3
 
 

@@ -10,10 +10,13 @@ from lance_quant.runtime.measure import random_linear
 
 
 def random_int4(
-    outputs: int, inputs: int, group: int, bias: bool = False, seed: int = 0, device: str = "cpu"
+    outputs: int, inputs: int, group: int, bias: bool = False, seed: int = 0, device=None
 ) -> tuple[Int4Linear, Callable[[Tensor], Tensor]]:
-    """(linear, exact): exact(x) is the product in float64 from the linear's buffers as they are when it is called."""
-    linear = random_linear((outputs, inputs), group, device, seed, bias)
+    """(linear, exact): exact(x) is the product in float64 from the linear's buffers as they are when it is called.
+
+    On torch's default device where none is given.
+    """
+    linear = random_linear((outputs, inputs), group, device or torch.get_default_device(), seed, bias)
 
     def exact(x: Tensor) -> Tensor:
         codes = torch.stack((linear.qweight & 15, linear.qweight >> 4), -1).view(outputs, -1, group).double()

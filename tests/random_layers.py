@@ -116,6 +116,7 @@ def random_sites(
             max_abs={task: value.abs().amax(0) for task, value in half.items()},
             rows=x,
             row_tasks=["x2t_image"] * (rows // 2) + ["t2i"] * (rows - rows // 2),
+            row_samples=list(range(rows)),
             row_timesteps=torch.full((rows,), float("nan")),
         )
     return sites
@@ -136,7 +137,9 @@ def random_sequences(config: LanceConfig, count: int = 3, seed: int = 2, outlier
             spans, task = ((0, 8, "causal"), (8, 24, "noise")), "t2i"
         positions = torch.arange(24).expand(3, -1)
         out.append(
-            KeptSequence(task=task, timestep=0.5, positions=positions, latent=latent, spans=spans, states=states)
+            KeptSequence(
+                task=task, sample=index, timestep=0.5, positions=positions, latent=latent, spans=spans, states=states
+            )
         )
     return out
 

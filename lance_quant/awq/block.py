@@ -2,7 +2,7 @@
 
     block = Block(config, layer, tensors, sequences, device)
     block.outputs(tensors, batch)      what the layer puts out
-    block.read(tensors)                both that and what its linears read
+    block.read(tensors)                that, the states behind attention and what its linears read
 
 Float32 throughout, or bfloat16 products under `autocast`; rotary frequencies are rounded as in the bf16 model.
 """
@@ -16,22 +16,45 @@ from torch.func import functional_call
 
 from lance_quant.awq.sequences import KeptSequence
 from lance_quant.calibration.streaming import bare_decoder
-from lance_quant.checkpoint.layout import PATHS, SITES, layer_prefix, layer_targets
+from lance_quant.checkpoint.layout import NORMS, PATHS, SITES, SUFFIX, layer_prefix, layer_targets
 from lance_quant.model.config import LanceConfig
 from lance_quant.model.decoder import Call, Layer
-from lance_quant.model.routing import Routing
+from lance_quant.model.routing import Routing, Twin
 
-SiteInputs = dict[tuple[str, str], tuple[Tensor, list[str]]]  # (path, site) -> bfloat16 [n, I], each row's task
+
+@dataclass(frozen=True)
+class ReadRows:
+    """What the linears of a site read: bfloat16 [n, I], with each row's task and calibration sample."""
+
+    rows: Tensor
+    tasks: list[str]
+    samples: list[int]
+
+
+SiteInputs = dict[tuple[str, str], ReadRows]  # by (path, site)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What a layer makes of sequences: states [B, n, H] behind attention (`middle`) and behind all of it (`out`), and
+    what the linears of some (path, site) read, [B, k, I]: absent where no token came.
+    """
+
+    middle: Tensor
+    out: Tensor
+    rows: dict[tuple[str, str], Tensor]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of one shape: states float32 [B, n, H], what the layer is to know of them, their tasks and numbers."""
+    """Sequences of one shape: states float32 [B, n, H], what the layer is to know of them, their tasks, samples and
+    numbers."""
 
     states: Tensor
     call: Call
     latent: Tensor
     tasks: tuple[str, ...]
+    samples: tuple[int, ...]
     numbers: tuple[int, ...]
 
     def part(self, rows: Sequence[int]) -> "Batch":
@@ -39,6 +62,7 @@ class Batch:
             self,
             states=self.states[list(rows)],
             tasks=tuple(self.tasks[row] for row in rows),
+            samples=tuple(self.samples[row] for row in rows),
             numbers=tuple(self.numbers[row] for row in rows),
         )
 
@@ -64,8 +88,9 @@ class Block:
         states = torch.stack([one.states for one in group]).to(self.device).float()
         routing = Routing.of(group[0].latent).to(self.device)
         call = decoder.call(states, group[0].positions.to(self.device), routing, group[0].spans)
-        tasks = tuple(one.task for one in group)
-        return Batch(states, call, group[0].latent.to(self.device), tasks, tuple(numbers))
+        latent = group[0].latent.to(self.device)
+        tasks, samples = tuple(one.task for one in group), tuple(one.sample for one in group)
+        return Batch(states, call, latent, tasks, samples, tuple(numbers))
 
     def enter(self, states: dict[int, Tensor]) -> None:
         """Let other states [n, H] enter the layer: sequence number -> what earlier layers, rounded, make of it."""
@@ -89,18 +114,21 @@ class Block:
         weights = {key.removeprefix(self._prefix): value for key, value in tensors.items()}
         return routing.merge(functional_call(self.module, weights, (routing.split(batch.states), batch.call)))
 
-    def trace(
-        self, tensors: dict[str, Tensor], batch: Batch, sites: Sequence[tuple[str, str]]
-    ) -> tuple[Tensor, dict[tuple[str, str], Tensor]]:
-        """`outputs`, and what the linears of some (path, site) read for it, [B, k, I]: absent where no token came."""
+    def trace(self, tensors: dict[str, Tensor], batch: Batch, sites: Sequence[tuple[str, str]]) -> Traced:
+        """`outputs` and what is on the way there."""
         rows: dict[tuple[str, str], Tensor] = {}
+        middle: dict[str, Tensor | None] = {"gen": None}
         hooks = []
+        for path in PATHS:
+            norm = self.module.get_submodule(f"{NORMS[1]}{SUFFIX[path]}")
+            hooks.append(norm.register_forward_pre_hook(lambda _, args, path=path: middle.update({path: args[0]})))
         for key in sites:
             target = next(t for t in layer_targets(self.config, self.layer) if (t.path, t.site) == key)
             module = self.module.get_submodule(target.name.removeprefix(self._prefix))
             hooks.append(module.register_forward_pre_hook(lambda _, args, key=key: rows.update({key: args[0]})))
         try:
-            return self.outputs(tensors, batch), rows
+            out = self.outputs(tensors, batch)
+            return Traced(batch.call.routing.merge(Twin(middle["und"], middle["gen"])), out, rows)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -110,23 +138,26 @@ class Block:
         return self.read(tensors)[1]
 
     @torch.no_grad()
-    def read(self, tensors: dict[str, Tensor]) -> tuple[list[Tensor], SiteInputs]:
-        """What the layer puts out for each batch [B, n, H], and `site_rows`, in one go."""
-        outs: list[Tensor] = []
-        found: dict[tuple[str, str], tuple[list[Tensor], list[str]]] = {}
+    def read(self, tensors: dict[str, Tensor]) -> tuple[list[Traced], SiteInputs]:
+        """The states of each batch, without rows, and `site_rows`, in one go."""
+        traces: list[Traced] = []
+        found: dict[tuple[str, str], tuple[list[Tensor], list[str], list[int]]] = {}
         sites = [(path, site) for path in PATHS for site in SITES]
         for batch in self.batches:
-            rows_out = []
-            for row, task in enumerate(batch.tasks):
-                out, read = self.trace(tensors, batch.part([row]), sites)
-                rows_out.append(out)
-                for key, inputs in read.items():
-                    parts, tasks = found.setdefault(key, ([], []))
+            parts_of: list[Traced] = []
+            for row, (task, sample) in enumerate(zip(batch.tasks, batch.samples, strict=True)):
+                traced = self.trace(tensors, batch.part([row]), sites)
+                parts_of.append(replace(traced, rows={}))
+                for key, inputs in traced.rows.items():
+                    parts, tasks, samples = found.setdefault(key, ([], [], []))
                     parts.append(inputs[0].to(torch.bfloat16))
                     tasks.extend([task] * inputs.shape[1])
-            outs.append(torch.cat(rows_out))
+                    samples.extend([sample] * inputs.shape[1])
+            traces.append(
+                Traced(torch.cat([one.middle for one in parts_of]), torch.cat([one.out for one in parts_of]), {})
+            )
         together: SiteInputs = {}
         while found:  # each site's parts are gone before the next ones are put together
-            key, (parts, tasks) = found.popitem()
-            together[key] = (torch.cat(parts), tasks)
-        return outs, together
+            key, (parts, tasks, samples) = found.popitem()
+            together[key] = ReadRows(torch.cat(parts), tasks, samples)
+        return traces, together

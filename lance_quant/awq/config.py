@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from lance_quant.checkpoint.layout import SITES
 from lance_quant.errors import LanceQuantError
 
 SCORINGS = ("none", "synthetic", "captured")
@@ -30,10 +31,11 @@ class RecipeConfig:
     clip: "none", one pair of shares for a "linear", or for each "group" of each row (`clip.CLIPS`); clip_steps: shares
     tried of each end, from 1 down to clip_least.
     rounding: in this order, each starting from the one before: "nearest", "gptq" (errors made up for by later columns;
-    damping: share of the mean second moment; descent: passes over what came out, see `descend.py`), "residual"
-    (down_proj, compensated, makes up for the other linears), "learned" (on the kept sequences: learned_steps steps of
-    about learned_tokens tokens; learned_rate, range_rate: first step of offsets, in codes, and of the ends of ranges,
-    in shares).
+    damping: share of the mean second moment; descent: passes over what came out, see `descend.py`), "residual" (the
+    linears of residual_sites, in the order of a layer, make up for what the rounding before them left missing;
+    down_proj is compensated there alone), "learned" (on the kept sequences: learned_steps steps of about
+    learned_tokens tokens; learned_rate, range_rate: first step of offsets, in codes, and of the ends of ranges, in
+    shares).
     sequential: the states that enter a layer's kept sequences are those that the layers before, rounded, make of them;
     what should come out stays the float model's. Layers then follow one another instead of fanning out.
     """
@@ -55,6 +57,7 @@ class RecipeConfig:
     rounding: list[str] = field(default_factory=lambda: ["nearest"])
     damping: float = 0.01
     descent: int = 0
+    residual_sites: list[str] = field(default_factory=lambda: ["down"])
     learned_steps: int = 100
     learned_tokens: int = 2048
     learned_rate: float = 0.01
@@ -63,7 +66,7 @@ class RecipeConfig:
 
     def __post_init__(self) -> None:
         known = {"scoring": SCORINGS, "folds": FOLD_NAMES, "families": FAMILIES, "evidence": EVIDENCE}
-        known |= {"clip": CLIP_NAMES, "rounding": ROUNDING_NAMES}
+        known |= {"clip": CLIP_NAMES, "rounding": ROUNDING_NAMES, "residual_sites": SITES}
         for name, choices in known.items():
             value = getattr(self, name)
             values = [value] if isinstance(value, str) else list(value)
@@ -95,6 +98,8 @@ class RecipeConfig:
             raise LanceQuantError(
                 f"recipe {self.name}: sequential=true looks at kept sequences: set scoring=captured (folds=[] for none)"
             )
+        if "residual" in self.rounding and not self.residual_sites:
+            raise LanceQuantError(f"recipe {self.name}: residual_sites is empty; name some of {', '.join(SITES)}")
         if self.descent and "gptq" not in self.rounding and "residual" not in self.rounding:
             raise LanceQuantError(
                 f"recipe {self.name}: descent={self.descent} follows compensation: add gptq to rounding"

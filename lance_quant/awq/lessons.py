@@ -9,15 +9,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lance_quant.awq.block import Batch, Block
+from lance_quant.awq.block import Batch, Block, Traced
 from lance_quant.awq.score import TINY
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """A batch with the float layer's output [B, n, H] and what each token's squared error counts [B, n]."""
+    """A batch with the float model's states [B, n, H] before the layer, behind its attention and behind all of it, and
+    what each token's squared error counts [B, n]."""
 
     batch: Batch
+    entering: Tensor
+    middle: Tensor
     wanted: Tensor
     counts: Tensor
 
@@ -26,28 +29,29 @@ def lessons(
     block: Block,
     source: dict[str, Tensor],
     weights: dict[tuple[str, str], float],
-    wanted: Sequence[Tensor] | None = None,
+    traced: Sequence[Traced] | None = None,
 ) -> list[Lesson]:
-    """What the float layer makes of its kept sequences. weights: (task, path) -> what it counts; wanted: what it puts
-    out for each batch, where that is known.
+    """What the float layer makes of its kept sequences. weights: (task, path) -> what it counts; traced: that of
+    each batch, where it is known.
 
     A token's squared error counts by 1 / |its state|, half way between the absolute and the relative one: the few
     states that are a hundred times the others, which every later token attends to, neither drown nor are drowned out.
     """
-    if wanted is None:
-        wanted = [block.outputs(source, batch) for batch in block.batches]
+    if traced is None:
+        traced = [block.trace(source, batch, []) for batch in block.batches]
     size: dict[tuple[str, str], float] = {}
-    for batch, out in zip(block.batches, wanted, strict=True):
-        norms = out.double().norm(dim=-1)
+    for batch, states in zip(block.batches, traced, strict=True):
+        norms = states.out.double().norm(dim=-1)
         for task, path, at in cells(batch):
             size[task, path] = size.get((task, path), 0.0) + norms[at].sum().item()
     total = sum(weights.get(cell, 1.0) for cell in size)
     made = []
-    for batch, out in zip(block.batches, wanted, strict=True):
+    for batch, states in zip(block.batches, traced, strict=True):
+        out = states.out
         counts = torch.zeros(out.shape[:2], device=out.device)
         for task, path, at in cells(batch):
             counts[at] = weights.get((task, path), 1.0) / (total * max(size[task, path], TINY))
-        made.append(Lesson(batch, out, counts / out.norm(dim=-1).clamp(min=TINY)))
+        made.append(Lesson(batch, batch.states, states.middle, out, counts / out.norm(dim=-1).clamp(min=TINY)))
     return made
 
 
@@ -58,7 +62,8 @@ def first_lessons(taught: Sequence[Lesson], tokens: int) -> list[Lesson]:
     for lesson in taught:
         rows = max(1, round(len(lesson.counts) * min(1.0, tokens / held)))
         counts = lesson.counts[:rows] * (len(lesson.counts) / rows)
-        some.append(Lesson(lesson.batch.part(range(rows)), lesson.wanted[:rows], counts))
+        states = (part[:rows] for part in (lesson.entering, lesson.middle, lesson.wanted))
+        some.append(Lesson(lesson.batch.part(range(rows)), *states, counts))
     return some
 
 

@@ -17,10 +17,10 @@ from lance_quant.awq.grid import quantize
 from lance_quant.awq.learn import Learning, learn, weights_of
 from lance_quant.awq.lessons import Lesson, first_lessons, whole_loss
 from lance_quant.awq.moments import Split, second_moments
-from lance_quant.awq.residual import SITE, make_up, missing_parts
+from lance_quant.awq.residual import Missing, make_up, missing_parts
 from lance_quant.awq.rounding import Draft, draft, rows_of, stacked
 from lance_quant.awq.score import OutputError
-from lance_quant.checkpoint.layout import Target
+from lance_quant.checkpoint.layout import SITES, Target
 
 LOSS_TOKENS = 4096  # of a layer's kept sequences, for the table of ingredients
 
@@ -86,8 +86,12 @@ class Refinement:
         return whole_loss(self.block, tensors, first_lessons(self.taught, LOSS_TOKENS), LOSS_TOKENS)
 
     def unfolded(self, target: Target, weight: Tensor) -> Tensor:
-        """A folded weight as it acts in the unfolded layer."""
+        """A folded weight, or a change of one, as it acts in the unfolded layer."""
         return weight / self.columns[target.name] * self.rows[target.name][:, None]
+
+    def refolded(self, target: Target, weight: Tensor) -> Tensor:
+        """The other way."""
+        return weight * self.columns[target.name] / self.rows[target.name][:, None]
 
 
 Stage = tuple[str, dict[str, Draft]]  # an ingredient and what all linears are after it
@@ -130,7 +134,7 @@ def compensated(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:
     """Linears of a site together; one whose outputs are no closer by it stays as it was."""
     made = dict(drafts)
     for split, linears in work.sites():
-        if linears[0].site == SITE and "residual" in work.recipe.rounding:
+        if linears[0].site == SITES[-1] and "residual" in work.recipe.rounding:
             continue  # its turn comes when the others are done
         together = settled(work, stacked([drafts[target.name] for target in linears]), work.moments(split, linears))
         start = 0
@@ -149,30 +153,68 @@ def settled(work: Refinement, made: Draft, moments: Tensor) -> Draft:
 
 
 def corrected(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:
-    """down_proj rounded anew, compensated, from a weight that makes up for the other linears; taken where the layer
-    gains by it. A path that no kept sequence takes is compensated alone.
+    """Site by site in the order of a layer, down_proj in any case: it has not been compensated yet."""
+    for site in SITES:
+        reads_as_it_should = site == SITES[0] and not work.recipe.sequential
+        if (site in work.recipe.residual_sites and not reads_as_it_should) or site == SITES[-1]:
+            drafts = drafts | corrected_at(work, drafts, site)
+    return drafts
+
+
+def corrected_at(work: Refinement, drafts: dict[str, Draft], site: str) -> dict[str, Draft]:
+    """The linears of a site rounded anew, compensated, from weights that make up for what is missing there; each one
+    taken where less is missing by it. Where no kept sequence comes by they are compensated alone.
     """
-    made, recipe, stored = dict(drafts), work.recipe, work.stored()
-    down = [(split, linears[0]) for split, linears in work.sites() if linears[0].site == SITE]
-    others = {name: one for name, one in drafts.items() if name not in {target.name for _, target in down}}
-    parts = missing_parts(work.block, stored | weights_of(others), work.taught)
-    for split, target in down:
-        part, was, weight = parts.get(target.path), drafts[target.name], stored[f"{target.name}.weight"]
-        change = make_up(part) if part else None
-        moments = work.moments(split, [target])
-        trial, clips = draft(weight if change is None else weight + change, was.grid), None
-        if recipe.clip != "none":
-            trial, *clips = CLIPS[recipe.clip](trial, moments, recipe)
-        trial = settled(work, trial, moments)
-        if part:
-            helps = part.error(trial.weight() - weight) < part.error(was.weight() - weight)
-        else:
-            helps = closer(work, target, split, was, trial)
-        if helps:
-            made[target.name] = trial
-            if clips:
-                work.clips[target.name] = tuple(clips)
+    made, stored = {}, work.stored()
+    before = {target.name: drafts[target.name] for target in work.targets if comes_before(target, site)}
+    parts = {}
+    if site in work.recipe.residual_sites:
+        parts = missing_parts(work.block, stored | weights_of(before), work.source, work.taught, site)
+    for split, linears in work.sites():
+        if linears[0].site != site:
+            continue
+        part = parts.get(linears[0].path)
+        found = make_up(part) if part else None
+        if found is None and site != SITES[-1]:
+            continue
+        moments, trials, clips = work.moments(split, linears), [], {}
+        for target in linears:
+            weight, was = stored[f"{target.name}.weight"], drafts[target.name]
+            trial = draft(weight if found is None else weight + moved(work, target, part, found), was.grid)
+            if work.recipe.clip != "none":
+                trial, *clips[target.name] = CLIPS[work.recipe.clip](trial, moments, work.recipe)
+            trials.append(trial)
+        together, start = settled(work, stacked(trials), moments), 0
+        for target in linears:
+            trial = rows_of(together, start, start + target.out_features)
+            start += target.out_features
+            if less_missing(work, target, split, part, drafts[target.name], trial):
+                made[target.name] = trial
+                if target.name in clips:
+                    work.clips[target.name] = tuple(clips[target.name])
     return made
+
+
+def comes_before(target: Target, site: str) -> bool:
+    return SITES.index(target.site) < SITES.index(site)
+
+
+def moved(work: Refinement, target: Target, part: Missing, found: Tensor) -> Tensor:
+    """The change of a folded weight for what was found missing."""
+    return found if part.adds else work.refolded(target, part.change(work.weight(target), found))
+
+
+def less_missing(
+    work: Refinement, target: Target, split: Split, part: Missing | None, was: Draft, trial: Draft
+) -> bool:
+    if part is None:
+        return closer(work, target, split, was, trial)
+    folded = work.stored()[f"{target.name}.weight"]
+    changes = (one.weight() - folded for one in (was, trial))
+    if not part.adds:
+        changes = (work.unfolded(target, change) for change in changes)
+    before, after = (part.error(work.weight(target), change) for change in changes)
+    return after < before
 
 
 def learned(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:

@@ -1,10 +1,16 @@
-"""`make_up`: down_proj's weight moved towards what the layer's other linears, rounded, leave missing in its output.
+"""`make_up`: weights moved towards what is missing where their linears stand.
 
-The last linear of a layer reads many channels of every token: a ridge regression of the missing part on them finds what
-it can say about it. How much of that is trusted is chosen on sequences that it was not fitted to, nothing included.
+A linear of a rounded model reads something else than the float model's, and what it should add to is off as well. From
+what it reads, a ridge regression finds what can be said of
+
+    qkv, gate_up    what it should read: W (x + C x) in place of W x
+    o, down         what is missing from the states that it adds to, behind attention and behind the layer
+
+How much of that is trusted is chosen on sequences that it was not fitted to; what gains little there is left. Targets
+of a rounded prefix are GPTAQ's (arXiv 2504.02692); there the correction is exact on the calibration rows, noise too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,26 +18,42 @@ from torch import Tensor
 
 from lance_quant.awq.block import Block
 from lance_quant.awq.lessons import Lesson
-from lance_quant.checkpoint.layout import PATHS
+from lance_quant.checkpoint.layout import NORMS, PATHS, norm_name
+from lance_quant.model.decoder import rms_norm
 
-RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # shares of the mean second moment
-SITE = "down"
+RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # shares of the mean second moment
+LEAST_GAIN = 0.05  # of the squared error held out: less is as likely noise, and moves answers
+READERS = dict(zip(("qkv", "gate_up"), NORMS, strict=True))  # site -> the norm that it reads
+ADDERS = ("o", "down")
 HELD_EVERY = 4
+ROWS = 4096  # whose outputs are held at once
 
 
 @dataclass(frozen=True)
 class Missing:
-    """Of one path's tokens: inputs [n, I] of down_proj, what is missing from the layer's output [n, H], both times the
-    root of what each counts. The first `fitted` of them are fitted to, the others, of whole sequences, judged by.
+    """Of one path's tokens: inputs [n, I] of a site and what is missing [n, K], of its inputs or of the states that it
+    adds to (`adds`), all times the root of what each token counts. The first `fitted` of them are fitted to, the
+    others, of whole sequences, judged by.
     """
 
     inputs: Tensor
     missing: Tensor
     fitted: int
+    adds: bool
 
-    def error(self, change: Tensor) -> float:
-        """What is still missing where down_proj's weight changes by [H, I], over all tokens."""
-        return _squared(self.missing - self.inputs @ change.T)
+    def change(self, weight: Tensor, found: Tensor) -> Tensor:
+        """Of a linear's weight [O, I], for what `make_up` has found."""
+        return found if self.adds else weight @ found
+
+    def error(self, weight: Tensor, change: Tensor) -> float:
+        """What is still missing from the outputs where a linear's weight [O, I] changes by `change`, over all tokens.
+
+        Both as they act on `inputs`.
+        """
+        total = 0.0
+        for inputs, missing in zip(self.inputs.split(ROWS), self.missing.split(ROWS), strict=True):
+            total += _squared((missing if self.adds else missing @ weight.T) - inputs @ change.T)
+        return total
 
 
 def _squared(x: Tensor) -> float:
@@ -39,27 +61,60 @@ def _squared(x: Tensor) -> float:
 
 
 @torch.no_grad()
-def missing_parts(block: Block, tensors: dict[str, Tensor], taught: Sequence[Lesson]) -> dict[str, Missing]:
-    """Path -> what is missing with `tensors`, in which down_proj is the float one and the others are rounded."""
+def missing_parts(
+    block: Block, tensors: Mapping[str, Tensor], source: Mapping[str, Tensor], taught: Sequence[Lesson], site: str
+) -> dict[str, Missing]:
+    """Path -> what is missing at a site with `tensors`, in which its own linears are float ones and those before it
+    rounded. `source`: of the float layer; inputs of a site that reads a norm are in its terms, others as folded.
+    """
     sequences = [(lesson, row) for lesson in taught for row in range(len(lesson.counts))]
     places = {path: placed([_tokens(lesson, path) for lesson, _ in sequences]) for path in PATHS}
     made: dict[str, Missing] = {}
     for number, (lesson, row) in enumerate(sequences):
-        out, rows = block.trace(tensors, lesson.batch.part([row]), [(path, SITE) for path in PATHS])
-        root = lesson.counts[row].sqrt()[:, None]
-        left = (lesson.wanted[row] - out[0]) * root
-        for path in PATHS:
-            if (path, SITE) not in rows:
-                continue
-            at, inputs = _at(lesson, path), rows[path, SITE][0]
+        found = (
+            _read(block, source, lesson, row, site, tensors)
+            if site in READERS
+            else _added(block, lesson, row, site, tensors)
+        )
+        for path, (inputs, left) in found.items():
             starts, fitted, total = places[path]
             if path not in made:
                 room = (inputs.new_empty(total, inputs.shape[1]), left.new_empty(total, left.shape[1]))
-                made[path] = Missing(*room, fitted)
+                made[path] = Missing(*room, fitted, site in ADDERS)
             here = slice(starts[number], starts[number] + len(inputs))
-            torch.mul(inputs, root[at], out=made[path].inputs[here])
-            made[path].missing[here] = left[at]
+            made[path].inputs[here], made[path].missing[here] = inputs, left
     return made
+
+
+def _read(block, source, lesson, row, site, tensors) -> dict[str, tuple[Tensor, Tensor]]:
+    """What is read of the states as they are, and what of the float model's lacks, for one sequence."""
+    if site == "qkv":
+        ours, wanted = lesson.batch.states[row], lesson.entering[row]
+    else:
+        ours, wanted = block.trace(tensors, lesson.batch.part([row]), []).middle[0], lesson.middle[row]
+    root = (lesson.counts[row] * lesson.wanted[row].norm(dim=-1)).sqrt()[:, None]  # normed rows are all of one size
+    found = {}
+    for path in PATHS:
+        at = _at(lesson, path)
+        if at.any():
+            gain = source[f"{norm_name(block.layer, path, READERS[site])}.weight"]
+            inputs, should = (rms_norm(states[at], gain, block.config.rms_norm_eps) for states in (ours, wanted))
+            found[path] = inputs * root[at], (should - inputs) * root[at]
+    return found
+
+
+def _added(block, lesson, row, site, tensors) -> dict[str, tuple[Tensor, Tensor]]:
+    """What is read, and what the states that are added to lack, for one sequence."""
+    traced = block.trace(tensors, lesson.batch.part([row]), [(path, site) for path in PATHS])
+    ours, wanted = (traced.middle, lesson.middle) if site == "o" else (traced.out, lesson.wanted)
+    root = lesson.counts[row].sqrt()[:, None]
+    left = (wanted[row] - ours[0]) * root
+    found = {}
+    for path in PATHS:
+        if (path, site) in traced.rows:
+            at = _at(lesson, path)
+            found[path] = traced.rows[path, site][0] * root[at], left[at]
+    return found
 
 
 def placed(counts: Sequence[int]) -> tuple[list[int], int, int]:
@@ -87,17 +142,17 @@ def _tokens(lesson: Lesson, path: str) -> int:
 
 
 def make_up(part: Missing) -> Tensor | None:
-    """The change of down_proj's weight, float32 [H, I]; None where nothing that was tried helps what was held out."""
+    """What is missing as a matrix times the inputs, float32 [K, I]; None where nothing that was tried helps what was
+    held out."""
     fit, inputs = part.inputs[: part.fitted], part.inputs[part.fitted :]
     left = part.missing[part.fitted :]
     if not len(inputs):
         return None
     moments, cross = fit.T @ fit, fit.T @ part.missing[: part.fitted]
-    least, best = _squared(left), None
+    least, best = (1 - LEAST_GAIN) * _squared(left), None
     for ridge in RIDGES:
         change = _solved(moments, cross, ridge)
-        error = least if change is None else _squared(left - inputs @ change.T)
-        if error < least:
+        if change is not None and (error := _squared(left - inputs @ change.T)) < least:
             least, best = error, ridge
     if best is None:
         return None

@@ -27,13 +27,15 @@ class SiteRows:
     """Captured inputs of one site: rows bfloat16 or float32 [n, I] on the device, float32 in every product; task int64
     [n], each row's, 0..tasks-1.
 
-    weights: what each task counts; empty: all alike.
+    weights: what each task counts; empty: all alike. sample: int64 [n], the calibration sample that each row is of;
+    None: every row is one.
     """
 
     rows: Tensor
     task: Tensor
     tasks: int
     weights: tuple[float, ...] = ()
+    sample: Tensor | None = None
 
     @cached_property
     def moments(self) -> Tensor | None:
@@ -99,7 +101,8 @@ def evidence(
             index = {task: i for i, task in enumerate(dict.fromkeys(site.row_tasks))}
             task = torch.tensor([index[name] for name in site.row_tasks], device=device)
             weighed = tuple(site.weights.get(name, 1.0) for name in index)
-            rows[key] = SiteRows(site.rows.to(device), task, len(index), weighed)
+            sample = torch.tensor(site.row_samples, device=device)
+            rows[key] = SiteRows(site.rows.to(device), task, len(index), weighed, sample)
     return Evidence(mean_abs, rows)
 
 

@@ -31,7 +31,7 @@ from lance_quant.awq.artifact import (
     Trial,
     write_layer,
 )
-from lance_quant.awq.block import Block, SiteInputs
+from lance_quant.awq.block import Block, ReadRows, SiteInputs
 from lance_quant.awq.config import RecipeConfig
 from lance_quant.awq.grid import Grid, grid_of, quantize
 from lance_quant.awq.lessons import Lesson, lessons
@@ -334,8 +334,8 @@ def inputs_of(job: LayerJob, capture: Capture, tensors: dict[str, Tensor], devic
             taught = [replace(lesson, batch=batch) for lesson, batch in zip(taught, block.batches, strict=True)]
             computed = block.site_rows(tensors)
         else:
-            wanted, computed = block.read(tensors)
-            taught = lessons(block, tensors, counts, wanted)
+            traced, computed = block.read(tensors)
+            taught = lessons(block, tensors, counts, traced)
     if recipe.evidence == ["rows"]:
         computed.clear()
         return gather(job, sites, block, taught, device)
@@ -347,10 +347,12 @@ def with_computed(sites: Sites, computed: SiteInputs, recipe: RecipeConfig, devi
     ones where the recipe looks at sequences alone."""
     whole = {}
     for key, site in sites.items():
-        rows, tasks = computed.pop(key, (site.rows[:0], []))
+        read = computed.pop(key, ReadRows(site.rows[:0], [], []))
+        rows, tasks, samples = read.rows, read.tasks, read.samples
         if "rows" in recipe.evidence and len(site.rows):
-            rows, tasks = torch.cat([site.rows.to(device), rows.to(device)]), [*site.row_tasks, *tasks]
-        whole[key] = replace(site, rows=rows, row_tasks=tasks)
+            rows = torch.cat([site.rows.to(device), rows.to(device)])
+            tasks, samples = [*site.row_tasks, *tasks], [*site.row_samples, *samples]
+        whole[key] = replace(site, rows=rows, row_tasks=tasks, row_samples=samples)
     return whole
 
 

@@ -18,9 +18,11 @@ SEQUENCES_FILE = "sequences.parquet"
 
 @dataclass(frozen=True, kw_only=True)
 class KeptSequence:
-    """positions: int64 [3, n]; latent: bool [n], tokens of the generation path; states: bfloat16 [n, H]."""
+    """sample: the calibration sample that it is of; positions: int64 [3, n]; latent: bool [n], tokens of the generation
+    path; states: bfloat16 [n, H]."""
 
     task: str
+    sample: int
     timestep: float
     positions: torch.Tensor
     latent: torch.Tensor
@@ -37,6 +39,7 @@ def read_sequences(folder: Path, layer: int) -> list[KeptSequence]:
     return [
         KeptSequence(
             task=str(rows.task.iloc[0]),
+            sample=int(rows["sample"].iloc[0]),
             timestep=float(rows.timestep.iloc[0]),
             positions=torch.tensor(rows[["t", "h", "w"]].to_numpy().T.copy(), dtype=torch.int64),
             latent=torch.tensor((rows.expert == "gen").to_numpy().copy()),

@@ -3,7 +3,7 @@
     statistics/path=und/layer=3/part.parquet   task, site, channel, mean_abs, mean_sq, max_abs (float32)
     coverage.parquet                           task, path, layer, site, tokens, weight (what the task counts)
     rows/path=und/layer=3/part.parquet         task, site, sample, timestep (NaN: none), row (list of uint16)
-    sequences.parquet                          sequence, task, timestep, token, t, h, w, split, mode, expert
+    sequences.parquet                          sequence, sample, task, timestep, token, t, h, w, split, mode, expert
     hidden/layer=3/part.parquet                sequence, token, state (list of uint16)
 
 A row or state is bfloat16 bit patterns: `numpy.uint32(row) << 16` viewed as float32 gives the values back (float16
@@ -46,9 +46,9 @@ HIDDEN_SCHEMA = pa.schema([("sequence", pa.int32()), ("token", pa.int32()), ("st
 class SiteActivations:
     """What one input site of one layer and path saw, apart by task.
 
-    tokens: task -> count; mean_abs, mean_sq, max_abs: task -> float32 [I]; rows: bfloat16 [n, I] with row_tasks [n] and
-    row_timesteps float32 [n] (NaN where the task has none). weights: task -> what it counts beside others, 1 where
-    unnamed.
+    tokens: task -> count; mean_abs, mean_sq, max_abs: task -> float32 [I]; rows: bfloat16 [n, I] with row_tasks [n],
+    row_samples [n] (the calibration sample that a row is of) and row_timesteps float32 [n] (NaN where the task has
+    none). weights: task -> what it counts beside others, 1 where unnamed.
     """
 
     tasks: list[str]
@@ -58,6 +58,7 @@ class SiteActivations:
     max_abs: dict[str, torch.Tensor]
     rows: torch.Tensor
     row_tasks: list[str]
+    row_samples: list[int]
     row_timesteps: torch.Tensor
     weights: dict[str, float] = field(default_factory=dict)
 
@@ -125,7 +126,7 @@ def _site(folder: Path, coverage, path: str, layer: int, site: str) -> SiteActiv
     with pq.ParquetFile(layer_file(folder, "rows", path, layer), pre_buffer=False) as table:
         groups = _groups_of(table, site)
         rows = _column(table, "row", groups)
-        known = table.read_row_groups(groups, ["task", "timestep"])
+        known = table.read_row_groups(groups, ["task", "sample", "timestep"])
     by_task = {task: table for task, table in statistics.to_pandas().groupby("task")}
     values = {
         name: {task: torch.tensor(by_task[task][name].to_numpy(), dtype=torch.float32) for task in tasks}
@@ -137,6 +138,7 @@ def _site(folder: Path, coverage, path: str, layer: int, site: str) -> SiteActiv
         **values,
         rows=rows,
         row_tasks=known["task"].to_pylist(),
+        row_samples=known["sample"].to_pylist(),
         row_timesteps=torch.tensor(known["timestep"].to_pylist(), dtype=torch.float32),
         weights={row.task: float(row.weight) for row in seen.itertuples() if row.task in tasks},
     )

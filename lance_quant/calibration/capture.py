@@ -225,6 +225,7 @@ def write_sequences(
         tables.append(
             {
                 "sequence": np.full(end, number, dtype=np.int32),
+                "sample": np.full(end, sequence.job, dtype=np.int32),
                 "task": np.full(end, sample.task, dtype=object),
                 "timestep": np.full(end, np.nan if step is None else step.t, dtype=np.float32),
                 "token": np.arange(end, dtype=np.int32),

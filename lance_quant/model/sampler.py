@@ -8,6 +8,7 @@ data to noise. One loop serves generation, evaluation and calibration.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -84,6 +85,11 @@ def is_guided(t: torch.Tensor, cfg: FlowConfig) -> bool:
     return cfg.guidance > 1 and bool(low < t) and bool(t <= high)
 
 
+def guided_steps(cfg: FlowConfig) -> Counter[bool]:
+    """How many steps of a whole drawing are guided (True) and how many are not."""
+    return Counter(is_guided(t, cfg) for t in timesteps(cfg)[:-1])
+
+
 def guide(velocities: Velocities, cfg: FlowConfig, moving: torch.Tensor | None = None) -> torch.Tensor:
     """Guided velocity [rows, 48], rescaled to at most the conditional one's norm.
 
@@ -118,7 +124,7 @@ class CachedFlow:
 
     @torch.inference_mode()
     def __init__(self, lance: Lance, sample: Sample, state: torch.Tensor, cfg: FlowConfig):
-        self.lance, self.sample = lance, sample
+        self.lance, self.sample, self.cfg = lance, sample, cfg
         device = lance.device
         conditional, unconditional, kept = generation_positions(
             sample.ids, sample.grids, sample.modality, lance.config.video_token_id

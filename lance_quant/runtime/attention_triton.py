@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lance_quant.runtime.kernels.early import launched
+from lance_quant.runtime.kernels.launch import Kernel, cdiv, next_power_of_2
 
 KEYS = 64  # read at a time
 MOST_SPLITS = 64
@@ -96,14 +96,17 @@ def _join(partial, logsum, out, splits, SPLITS: tl.constexpr, SIZE: tl.constexpr
     tl.store(out + row * SIZE + at, joined.to(out.dtype.element_ty))
 
 
+STRETCH, JOIN = Kernel(_stretch), Kernel(_join)
+
+
 def attend_kept(queries, keys, values, lengths):
     batch, tokens, heads, size = queries.shape
     kv_heads, capacity = keys.shape[1:3]
-    splits = min(MOST_SPLITS, triton.cdiv(capacity, KEYS))
+    splits = min(MOST_SPLITS, cdiv(capacity, KEYS))
     group = heads // kv_heads
     partial = torch.empty(batch, tokens, heads, splits, size, device=queries.device, dtype=torch.float32)
     logsum = torch.empty(batch, tokens, heads, splits, device=queries.device, dtype=torch.float32)
-    _stretch[(kv_heads, splits, batch)](
+    arguments = (
         queries,
         keys,
         values,
@@ -115,16 +118,17 @@ def attend_kept(queries, keys, values, lengths):
         keys.stride(0),
         keys.stride(1),
         splits,
-        HEADS=heads,
-        GROUP=group,
-        SIZE=size,
-        ROWS=max(16, triton.next_power_of_2(tokens * group)),
-        KEYS=KEYS,
-        PRECISION="ieee" if queries.dtype == torch.float32 else "tf32",
-        **launched(),
     )
+    constants = {
+        "HEADS": heads,
+        "GROUP": group,
+        "SIZE": size,
+        "ROWS": max(16, next_power_of_2(tokens * group)),
+        "KEYS": KEYS,
+        "PRECISION": "ieee" if queries.dtype == torch.float32 else "tf32",
+    }
+    STRETCH((kv_heads, splits, batch), arguments, constants)
     out = torch.empty_like(queries)
-    _join[(batch * tokens * heads,)](
-        partial, logsum, out, splits, triton.next_power_of_2(splits), size, num_warps=2, **launched()
-    )
+    constants = {"SPLITS": next_power_of_2(splits), "SIZE": size}
+    JOIN((batch * tokens * heads, 1, 1), (partial, logsum, out, splits), constants, num_warps=2)
     return out

@@ -39,7 +39,7 @@ class Backend:
         return (
             (not self.devices or x.device.type in self.devices)
             and (self.any_dtype or x.dtype == torch.bfloat16)
-            and (self.most_rows is None or len(x) <= self.most_rows)
+            and (self.most_rows is None or x.shape[0] <= self.most_rows)
             and self.serves_linear(linear)
         )
 

@@ -114,8 +114,7 @@ class Expert(nn.Module):
         attention, mlp = layer.self_attn, layer.get_submodule("mlp" + suffix)
         self.norm = layer.get_submodule("input_layernorm" + suffix)
         self.qkv = one_product([attention.get_submodule(leaf + suffix) for leaf in ("q_proj", "k_proj", "v_proj")])
-        q_norm, k_norm = (attention.get_submodule(leaf + suffix) for leaf in ("q_norm", "k_norm"))
-        self.q_norm, self.k_norm = q_norm, k_norm
+        self.q_norm, self.k_norm = (attention.get_submodule(leaf + suffix) for leaf in ("q_norm", "k_norm"))
         self.out = attention.get_submodule("o_proj" + suffix)
         self.inner_norm = layer.get_submodule("post_attention_layernorm" + suffix)
         self.gate_up = one_product([mlp.gate_proj, mlp.up_proj])

@@ -6,6 +6,8 @@ CUDA tensor takes.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -44,11 +46,14 @@ class Heads:
 
 def kernels(x: torch.Tensor, name: str, plain: Callable) -> Callable:
     """The Triton form of an operation for a tensor that can take it, else the plain one."""
-    if not on_triton(x):
-        return plain
+    return getattr(_triton(), name) if on_triton(x) else plain
+
+
+@cache
+def _triton() -> ModuleType:
     from lance_quant.runtime import ops_triton
 
-    return getattr(ops_triton, name)
+    return ops_triton
 
 
 def add_rms_norm(

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lance_quant.runtime.kernels.early import launched
+from lance_quant.runtime.kernels.launch import Kernel, cdiv, next_power_of_2
 
 NORM_WARPS = 8
 SILU_BLOCK = 1024
@@ -34,15 +34,18 @@ def _add_rms_norm(x, y, weight, total, out, size, eps, ADD: tl.constexpr, BLOCK:
     tl.store(out + row + at, (normed * gain).to(dtype), inside)
 
 
+ADD_RMS_NORM = Kernel(_add_rms_norm)
+
+
 def add_rms_norm(x, y, weight, eps):
     size = x.shape[-1]
     x = x.contiguous()
     out = torch.empty_like(x)
     total = x if y is None else torch.empty_like(x)
     y = x if y is None else y.contiguous()
-    grid = (x.numel() // size,)
-    block = triton.next_power_of_2(size)
-    _add_rms_norm[grid](x, y, weight, total, out, size, eps, total is not x, block, num_warps=NORM_WARPS, **launched())
+    constants = {"ADD": total is not x, "BLOCK": next_power_of_2(size)}
+    grid = (x.numel() // size, 1, 1)
+    ADD_RMS_NORM(grid, (x, y, weight, total, out, size, eps), constants, num_warps=NORM_WARPS)
     return total, out
 
 
@@ -62,13 +65,16 @@ def _silu_mul(gate_up, out, size, step, BLOCK: tl.constexpr, EARLY: tl.constexpr
     tl.store(out + row * step + at, (active * up).to(dtype), inside)
 
 
+SILU_MUL = Kernel(_silu_mul)
+
+
 def silu_mul(gate_up, out=None):
     gate_up = gate_up.contiguous()
     size = gate_up.shape[-1] // 2
     if out is None:
         out = gate_up.new_empty(*gate_up.shape[:-1], size)
-    grid = (out.numel() // size, triton.cdiv(size, SILU_BLOCK))
-    _silu_mul[grid](gate_up, out, size, out.stride(-2), SILU_BLOCK, **launched())
+    grid = (out.numel() // size, cdiv(size, SILU_BLOCK), 1)
+    SILU_MUL(grid, (gate_up, out, size, out.stride(-2)), {"BLOCK": SILU_BLOCK})
     return out
 
 
@@ -154,6 +160,9 @@ def _place_heads(
             tl.store(key + HALF, (c + d).to(dtype), inside)
 
 
+PLACE_HEADS = Kernel(_place_heads)
+
+
 def place_heads(qkv, tables, norm, wide, place, out):
     qkv = qkv.contiguous()
     batch, rows, _ = qkv.shape
@@ -162,7 +171,7 @@ def place_heads(qkv, tables, norm, wide, place, out):
     cos, sin = tables
     by_row = isinstance(place.start, torch.Tensor)
     block = HEAD_ROWS if rows >= 8 * HEAD_ROWS else 1
-    _place_heads[(triton.cdiv(rows, block), heads + 2 * kv_heads, batch)](
+    arguments = (
         qkv,
         cos,
         sin,
@@ -180,14 +189,16 @@ def place_heads(qkv, tables, norm, wide, place, out):
         0 if cos.shape[0] == 1 else cos.stride(0),
         out.keys.stride(0),
         out.keys.stride(1),
-        HEADS=heads,
-        KV_HEADS=kv_heads,
-        HALF=head_dim // 2,
-        BLOCK=block,
-        NORM=norm.q is not None,
-        WIDE=wide,
-        PLACES=place.rows is not None,
-        STARTS=by_row,
-        num_warps=1 if block == 1 else 4,
-        **launched(),
     )
+    constants = {
+        "HEADS": heads,
+        "KV_HEADS": kv_heads,
+        "HALF": head_dim // 2,
+        "BLOCK": block,
+        "NORM": norm.q is not None,
+        "WIDE": wide,
+        "PLACES": place.rows is not None,
+        "STARTS": by_row,
+    }
+    grid = (cdiv(rows, block), heads + 2 * kv_heads, batch)
+    PLACE_HEADS(grid, arguments, constants, num_warps=1 if block == 1 else 4)

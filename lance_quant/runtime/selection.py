@@ -68,7 +68,7 @@ def choose(linear: "Int4Linear", x: Tensor) -> Callable[["Int4Linear", Tensor], 
         named = backend_named(linear.backend)
         if named.serves(linear, x):
             return named.run
-    rows = len(x)
+    rows = x.shape[0]
     for choice in table_of(x.device):
         if choice.most_rows is None or rows <= choice.most_rows:
             backend = BACKENDS[choice.backend]

@@ -84,6 +84,7 @@ def test_meta_of_the_published_recipe_is_the_golden_one(tmp_path, monkeypatch):
                     max_abs=per_task,
                     rows=none,
                     row_tasks=[],
+                    row_samples=[],
                     row_timesteps=torch.empty(0),
                 )
         return sites

@@ -150,14 +150,16 @@ def test_rows_of_a_block_are_what_its_linears_read():
     block = block_of(config)
     assert [len(batch.tasks) for batch in block.batches] == [3, 3]
     rows = block.site_rows(tensors)
-    counts = {key: len(found[0]) for key, found in rows.items()}
+    counts = {key: len(found.rows) for key, found in rows.items()}
     assert {counts[path, site] for path, site in counts if path == "und"} == {3 * 24 + 3 * 8}
     assert {counts[path, site] for path, site in counts if path == "gen"} == {3 * 16}
-    assert set(rows["gen", "down"][1]) == {"t2i"} and set(rows["und", "o"][1]) == {"x2t_image", "t2i"}
+    assert set(rows["gen", "down"].tasks) == {"t2i"} and set(rows["und", "o"].tasks) == {"x2t_image", "t2i"}
     states = torch.cat([batch.states.flatten(0, 1) for batch in block.batches if batch.tasks[0] == "x2t_image"])
     norm = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + config.rms_norm_eps)
     wanted = norm * tensors["language_model.model.layers.0.input_layernorm.weight"]
-    got = rows["und", "qkv"][0][torch.tensor([task == "x2t_image" for task in rows["und", "qkv"][1]])]
+    read = rows["und", "qkv"]
+    assert set(read.samples) == set(range(6)) and set(rows["gen", "qkv"].samples) == {1, 3, 5}
+    got = read.rows[torch.tensor([task == "x2t_image" for task in read.tasks])]
     torch.testing.assert_close(got.float(), wanted, rtol=2**-8, atol=1e-5)
 
 
@@ -242,6 +244,27 @@ def test_held_out_rows_are_not_fitted():
     assert split_rows(few, 0.25).judge is few
 
 
+@pytest.mark.parametrize(
+    "samples, held", [(8, {3, 7}), (4, {3}), (5, {3})], ids=["every fourth", "as many as that", "one more"]
+)
+def test_whole_samples_are_held_out(samples, held):
+    """A sample's rows come twice, and in no order."""
+    sample = torch.arange(samples).repeat_interleave(6)[torch.randperm(6 * samples)].repeat(2)
+    rows = SiteRows(torch.randn(len(sample), 4), torch.zeros(len(sample), dtype=torch.int64), 1, sample=sample)
+    split = split_rows(rows, 0.25)
+    assert set(split.judge.sample.tolist()) == held
+    assert set(split.fit.sample.tolist()) == set(range(samples)) - held
+    assert len(split.judge.rows) == 12 * len(held) and len(split.fit.rows) == 12 * (samples - len(held))
+
+
+def test_of_few_samples_the_last_is_held_out_and_of_fewer_still_rows():
+    sample = torch.arange(5).repeat_interleave(8)
+    rows = SiteRows(torch.randn(40, 4), torch.zeros(40, dtype=torch.int64), 1, sample=sample)
+    assert set(split_rows(rows, 0.125).judge.sample.tolist()) == {4}
+    three = SiteRows(rows.rows[:24], rows.task[:24], 1, sample=sample[:24])
+    assert split_rows(three, 0.125).judge.sample.tolist() == [0, 1, 2]
+
+
 FAST = RecipeConfig(
     name="fast",
     folds=list(FOLDS),
@@ -252,6 +275,7 @@ FAST = RecipeConfig(
     rounding=["gptq", "residual"],
 )
 BEST = replace(FAST, name="best", rounding=["gptq", "residual", "learned"], learned_steps=8, learned_tokens=48)
+LEARNED = replace(BEST, name="learned", rounding=["nearest", "learned", "residual"])
 
 
 def correlated_sites(config, layer=0):
@@ -299,13 +323,13 @@ def test_the_artifact_of_each_recipe(tmp_path, monkeypatch, recipe):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("recipe", [FAST, BEST], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", [FAST, LEARNED], ids=lambda recipe: recipe.name)
 def test_same_bytes_again_on_a_gpu(tmp_path, monkeypatch, recipe):
     made = [searched(tmp_path, monkeypatch, recipe, name, device="cuda")[0] for name in ("first", "second")]
     assert (made[0] / "layer.safetensors").read_bytes() == (made[1] / "layer.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("recipe", [FAST, BEST], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", [FAST, LEARNED], ids=lambda recipe: recipe.name)
 def test_same_bytes_again(tmp_path, monkeypatch, recipe):
     first, _ = searched(tmp_path, monkeypatch, recipe, "first")
     torch.manual_seed(99)

@@ -251,7 +251,9 @@ def test_a_site_without_tokens_takes_no_scale(tmp_path, monkeypatch):
     sites = random_sites(small_config())
     for key in list(sites):
         if key[0] == "gen":
-            sites[key] = replace(sites[key], tokens={"x2t_image": 0, "t2i": 0}, rows=sites[key].rows[:0], row_tasks=[])
+            sites[key] = replace(
+                sites[key], tokens={"x2t_image": 0, "t2i": 0}, rows=sites[key].rows[:0], row_tasks=[], row_samples=[]
+            )
     out, summary = searched(tmp_path, monkeypatch, sites=sites)
     linears = pd.read_parquet(out / "linears.parquet").set_index("name")
     assert summary.folded == 5

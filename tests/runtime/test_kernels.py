@@ -22,6 +22,13 @@ CLOSE = 1e-5  # outputs are float32 here: the interpreter cuts a bf16 off instea
 
 
 CONFIG = GemvConfig(4, 32, 1)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def tensors_where_triton_runs():
+    with torch.device(DEVICE):
+        yield
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
@@ -63,7 +70,7 @@ def test_gemm(rows, outputs, inputs, group, splits):
     config = GemmConfig(16, 16, splits, 1, stages=splits)
     for _ in range(2):  # the tickets are 0 again after a call
         y = gemm(x, linear.packed, linear.bias, torch.empty(rows, outputs), config)
-        assert distance(y, exact(x)) < CLOSE
+        assert distance(y, exact(x)) < (CLOSE if DEVICE == "cpu" else 4e-3)  # a GPU's weights are bf16
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 8, 9, 16])

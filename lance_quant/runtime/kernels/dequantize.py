@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lance_quant.runtime.kernels.launch import Launch
+from lance_quant.runtime.kernels.launch import Kernel, Launch, cdiv
 
 ONE = 0x3F800000  # 1.0 as bits; an argument rather than a constant, so that and-or becomes one instruction
 
@@ -78,6 +78,9 @@ def _dequantize(qweight, scales, zeros, out, words, first, skipped, one, GW: tl.
             tl.store(out + i, values, i < words * 8)
 
 
+DEQUANTIZE = Kernel(_dequantize)
+
+
 def dequantize(
     qweight: Tensor,
     scales: Tensor,
@@ -110,8 +113,8 @@ def dequantizing(
     row = qweight.shape[1] // 4  # words
     words, each = (len(qweight) - gap[1]) * row, config.words * config.turns
     return Launch(
-        _dequantize,
-        (triton.cdiv(words, each), 1, 1),
+        DEQUANTIZE,
+        (cdiv(words, each), 1, 1),
         (qweight.view(torch.int32), scales, zeros, out, words, gap[0] * row, gap[1] * row, ONE),
         {"GW": row // scales.shape[1], "BLOCK": config.words, "TURNS": config.turns, "WHOLE": words % each == 0},
         num_warps=config.warps,

@@ -33,6 +33,11 @@ def early(on: bool) -> Iterator[None]:
         _on.reset(kept)
 
 
+def starts_early() -> bool:
+    """Whether this thread's kernels do, as it stands."""
+    return _on.get()
+
+
 def launched() -> dict:
     """Keywords of a launch, early where asked for around it."""
     return {"EARLY": True, "launch_pdl": True} if _on.get() else {"EARLY": False}

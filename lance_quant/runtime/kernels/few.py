@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lance_quant.runtime.kernels.early import launched
+from lance_quant.runtime.kernels.launch import Kernel, cdiv
 from lance_quant.runtime.kernels.splits import room, splits_of
 
 MOST_ROWS = 16
@@ -216,6 +216,8 @@ def _few(x, qweight, scales, zeros, bias, parts, tickets, out, rows, outputs, si
             tl.store(tickets + program, 0)
 
 
+FEW = Kernel(_few)
+
 # (rows, outputs, inputs) -> what `benchmarks/int4_kernels.py stage=tune` found fastest, for up to 8 and up to 16 rows
 TUNED: dict[tuple[int, int, int], FewConfig] = {
     (8, 2048, 2048): FewConfig(1, 8, 1, 128, 2),
@@ -236,7 +238,7 @@ def config_for(outputs: int, inputs: int, rows: int) -> FewConfig:
     if tuned is not None:
         return tuned
     if inputs > 2048:
-        return FewConfig(1, 4, min(16, triton.cdiv(inputs, 2048)), 128, 4)
+        return FewConfig(1, 4, min(16, cdiv(inputs, 2048)), 128, 4)
     return FewConfig(1, 8, 1, 256, 1)
 
 
@@ -262,14 +264,14 @@ def few(
     if out is None:
         out = torch.empty((rows, outputs), dtype=torch.bfloat16, device=x.device)
     group = inputs // groups
-    programs = triton.cdiv(outputs, 16 * config.tiles)
+    programs = cdiv(outputs, 16 * config.tiles)
     splits = splits_of(config.splits, rows, all_outputs, programs)
     parts, tickets = room(x.device)
-    _few[(programs, splits)](
-        x, qweight.view(torch.int32), scales, zeros, bias, parts, tickets, out, rows, outputs, SIXTEEN,
+    constants = dict(
         INPUTS=inputs, G=group, BIAS=bias is not None, SILU_MUL=silu_mul, SPLITS=splits, TILES=config.tiles,
         ROWS=8 if rows <= 8 else 16, WARPS=config.warps, GROUPS=math.gcd(max(1, config.stretch // group), groups),
         AHEAD=config.ahead, DOT=tl.bfloat16 if x.is_cuda else tl.float32,
-        num_warps=config.warps, num_stages=1, **launched(),
     )  # fmt: skip
+    arguments = (x, qweight.view(torch.int32), scales, zeros, bias, parts, tickets, out, rows, outputs, SIXTEEN)
+    FEW((programs, splits, 1), arguments, constants, num_warps=config.warps, num_stages=1)
     return out

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lance_quant.runtime.kernels.dequantize import ONE, _weights
-from lance_quant.runtime.kernels.early import launched
+from lance_quant.runtime.kernels.launch import Kernel, cdiv, next_power_of_2
 from lance_quant.runtime.kernels.splits import room, splits_of
 
 
@@ -115,6 +115,8 @@ def _gemm(x, qweight, scales, zeros, bias, parts, tickets, out, rows, outputs, o
         tl.store(out + place, acc.to(out.dtype.element_ty), inside)
 
 
+GEMM = Kernel(_gemm)
+
 # (rows, outputs, inputs) -> what `benchmarks/int4_kernels.py stage=tune` found fastest, for up to 8, 16, 32, ... rows
 TUNED: dict[tuple[int, int, int], GemmConfig] = {
     (8, 2048, 2048): GemmConfig(16, 32, 8, 1, 16),
@@ -128,13 +130,13 @@ TUNED: dict[tuple[int, int, int], GemmConfig] = {
 
 def config_for(outputs: int, inputs: int, rows: int) -> GemmConfig:
     """As tuned; else so that some four programs stand on each multiprocessor of an H100, which nobody has measured."""
-    tuned = TUNED.get((max(8, triton.next_power_of_2(rows)), outputs, inputs))
+    tuned = TUNED.get((max(8, next_power_of_2(rows)), outputs, inputs))
     if tuned is not None:
         return tuned
-    block_m = max(16, min(64, triton.next_power_of_2(rows)))
+    block_m = max(16, min(64, next_power_of_2(rows)))
     block_o = 32 if outputs < 8192 and rows <= 16 else 64
     splits = 1
-    while splits < 8 and triton.cdiv(outputs, block_o) * splits < 400 and inputs // (splits * 2) >= 256:
+    while splits < 8 and cdiv(outputs, block_o) * splits < 400 and inputs // (splits * 2) >= 256:
         splits *= 2
     return GemmConfig(block_o, 16, splits, 2 if block_o == 32 else 4, block_m)
 
@@ -152,18 +154,18 @@ def gemm(
     """
     qweight, scales, zeros = weight
     rows, inputs = x.shape
-    outputs = len(qweight)
+    outputs = scales.shape[0]
     config = config or config_for(outputs, inputs, rows)
     if out is None:
         out = torch.empty((rows, outputs), dtype=torch.bfloat16, device=x.device)
-    tiles = triton.cdiv(outputs, config.block_o) * triton.cdiv(rows, config.block_m)
+    tiles = cdiv(outputs, config.block_o) * cdiv(rows, config.block_m)
     splits = splits_of(config.splits, rows, outputs, tiles)
     parts, tickets = room(x.device)
-    _gemm[(tiles, splits)](
-        x, qweight.view(torch.int32), scales, zeros, bias, parts, tickets, out, rows, outputs, ONE,
+    constants = dict(
         INPUTS=inputs, G=inputs // scales.shape[1], BIAS=bias is not None, SPLITS=splits, BLOCK_M=config.block_m,
         BLOCK_O=config.block_o, BLOCK_W=config.block_w, STAGES=config.stages,
         DOT=tl.bfloat16 if x.is_cuda else tl.float32,
-        num_warps=config.warps, num_stages=1, **launched(),
     )  # fmt: skip
+    arguments = (x, qweight.view(torch.int32), scales, zeros, bias, parts, tickets, out, rows, outputs, ONE)
+    GEMM((tiles, splits, 1), arguments, constants, num_warps=config.warps, num_stages=1)
     return out

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lance_quant.runtime.kernels.early import launched
+from lance_quant.runtime.kernels.launch import Kernel, cdiv, next_power_of_2
 
 MOST_ROWS = 4
 ONE = 0x3F800000  # 1.0 as bits; an argument rather than a constant, so that and-or becomes one instruction
@@ -225,6 +225,7 @@ class Around:
 
 
 NOTHING = Around()
+GEMV = Kernel(_gemv)
 
 
 def gemv(
@@ -242,17 +243,20 @@ def gemv(
     """
     qweight, scales, zeros = weight
     rows, inputs = x.shape
-    outputs = len(qweight) // 2 if around.silu_mul else len(qweight)
-    config = config or config_for(len(qweight), inputs, rows)
-    group = inputs // scales.shape[1]
-    block_w = max(min(config.block_w, triton.next_power_of_2(inputs // 8)), group // 8)
+    all_outputs, groups = scales.shape
+    outputs = all_outputs // 2 if around.silu_mul else all_outputs
+    config = config or config_for(all_outputs, inputs, rows)
+    group = inputs // groups
+    block_w = max(min(config.block_w, next_power_of_2(inputs // 8)), group // 8)
     if out is None:
         out = torch.empty((rows, outputs), dtype=torch.bfloat16, device=x.device)
-    _gemv[(triton.cdiv(outputs, config.block_o),)](
-        x.view(torch.int64), qweight.view(torch.int32), scales, zeros, bias,
-        None if around.gain is None else around.gain.view(torch.int64), around.residual, out, outputs, ONE, around.eps,
-        ROWS=rows, INPUTS=inputs, G=group, BIAS=bias is not None, NORM=around.gain is not None,
+    gain = None if around.gain is None else around.gain.view(torch.int64)
+    constants = dict(
+        ROWS=rows, INPUTS=inputs, G=group, BIAS=bias is not None, NORM=gain is not None,
         RESIDUAL=around.residual is not None, SILU_MUL=around.silu_mul, BLOCK_O=config.block_o, BLOCK_W=block_w,
-        BLOCK_X=triton.next_power_of_2(inputs // 4), num_warps=config.warps, **launched(),
+        BLOCK_X=next_power_of_2(inputs // 4),
     )  # fmt: skip
+    packed = (qweight.view(torch.int32), scales, zeros, bias)
+    arguments = (x.view(torch.int64), *packed, gain, around.residual, out, outputs, ONE, around.eps)
+    GEMV((cdiv(outputs, config.block_o), 1, 1), arguments, constants, num_warps=config.warps)
     return out
