@@ -47,6 +47,7 @@ from lance_quant.model.resolution import Preset
 
 LAYERS = 36
 LAYER = 1  # the one that is made and searched
+OFF = 0.05  # share of another channel that the layers before left in each
 OUTLIERS, GAIN = 24, 20.0  # channels of a norm that are larger, and by how much
 SIZES = {
     "published": {"hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16, "num_key_value_heads": 2}
@@ -135,7 +136,9 @@ def make_capture(folder: Path, checkpoint: Checkpoint, args) -> None:
         for number, state in enumerate(states):
             table = {"sequence": np.full(length, number), "token": np.arange(length), "state": bit_patterns(state)}
             writer.write_table(pa.table(table).cast(HIDDEN_SCHEMA))
-    write_prefix(dict(enumerate(states)), folder)
+    order = torch.randperm(hidden, generator=draw)
+    prefix = [(state + OFF * state[:, order]).to(torch.bfloat16) for state in states]  # so that all is there to be done
+    write_prefix(dict(enumerate(prefix)), folder)
     tensors = read_tensors(job_of("best", checkpoint, folder, args), args.device)
     kept = read_sequences(folder, LAYER)
     computed = Block(checkpoint.config, LAYER, kept, args.device).site_rows(tensors)
