@@ -33,7 +33,7 @@ ABLATION = {
     "fast_damping_0.01": ("fast", {"damping": 0.01}),
     "fast_damping_0.1": ("fast", {"damping": 0.1}),
     "fast_descent": ("fast", {"descent": 3}),
-    "fast_residual_down": ("fast", {"residual_sites": ["down"]}),
+    "fast_residual_o_down": ("fast", {"residual_sites": ["o", "down"]}),
     "best_residual_down": ("best", {"residual_sites": ["down"]}),
     "best_residual_o_down": ("best", {"residual_sites": ["o", "down"]}),
     "best_no_descent": ("best", {"descent": 0}),

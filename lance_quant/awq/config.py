@@ -27,15 +27,16 @@ class RecipeConfig:
     group_fallback: a linear that the group size does not divide takes the first of 128, 64, 32, 16, width that does.
 
     evidence: what the inputs of a site are: "rows" that the capture drew, and those of its whole "sequences".
-    heldout: share of them that alpha, clip and compensation are judged by and that nothing is fitted to; 0: all.
+    heldout: share of them, whole calibration samples (`moments.split_rows`), that alpha, clip and compensation are
+    judged by and not fitted to; 0: all. The residual holds out sequences of its own.
     clip: "none", one pair of shares for a "linear", or for each "group" of each row (`clip.CLIPS`); clip_steps: shares
     tried of each end, from 1 down to clip_least.
     rounding: in this order, each starting from the one before: "nearest", "gptq" (errors made up for by later columns;
     damping: share of the mean second moment; descent: passes over what came out, see `descend.py`), "residual" (the
-    linears of residual_sites, in the order of a layer, make up for what the rounding before them left missing;
-    down_proj is compensated there alone), "learned" (on the kept sequences: learned_steps steps of about
-    learned_tokens tokens; learned_rate, range_rate: first step of offsets, in codes, and of the ends of ranges, in
-    shares).
+    linears of residual_sites, in the order of a layer, make up for what the rounding before them left missing; qkv in
+    sequential recipes alone; down_proj is compensated there), "learned" (on the kept sequences: learned_steps steps of
+    about learned_tokens tokens; learned_rate, range_rate: first step of offsets, in codes, and of the ends of ranges,
+    in shares).
     sequential: the states that enter a layer's kept sequences are those that the layers before, rounded, make of them;
     what should come out stays the float model's. Layers then follow one another instead of fanning out.
     """

@@ -155,8 +155,7 @@ def settled(work: Refinement, made: Draft, moments: Tensor) -> Draft:
 def corrected(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:
     """Site by site in the order of a layer, down_proj in any case: it has not been compensated yet."""
     for site in SITES:
-        reads_as_it_should = site == SITES[0] and not work.recipe.sequential
-        if (site in work.recipe.residual_sites and not reads_as_it_should) or site == SITES[-1]:
+        if site in work.recipe.residual_sites or site == SITES[-1]:
             drafts = drafts | corrected_at(work, drafts, site)
     return drafts
 
@@ -188,7 +187,7 @@ def corrected_at(work: Refinement, drafts: dict[str, Draft], site: str) -> dict[
         for target in linears:
             trial = rows_of(together, start, start + target.out_features)
             start += target.out_features
-            if less_missing(work, target, split, part, drafts[target.name], trial):
+            if less_missing(work, target, split, None if found is None else part, drafts[target.name], trial):
                 made[target.name] = trial
                 if target.name in clips:
                     work.clips[target.name] = tuple(clips[target.name])
@@ -200,13 +199,15 @@ def comes_before(target: Target, site: str) -> bool:
 
 
 def moved(work: Refinement, target: Target, part: Missing, found: Tensor) -> Tensor:
-    """The change of a folded weight for what was found missing."""
-    return found if part.adds else work.refolded(target, part.change(work.weight(target), found))
+    """The change of a folded weight for what was found missing: readers are looked at in the source's terms."""
+    change = part.change(work.weight(target), found)
+    return change if part.adds else work.refolded(target, change)
 
 
 def less_missing(
     work: Refinement, target: Target, split: Split, part: Missing | None, was: Draft, trial: Draft
 ) -> bool:
+    """Whether a linear is better off by a trial; part: None where nothing was found that it could make up for."""
     if part is None:
         return closer(work, target, split, was, trial)
     folded = work.stored()[f"{target.name}.weight"]

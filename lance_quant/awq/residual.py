@@ -6,8 +6,8 @@ what it reads, a ridge regression finds what can be said of
     qkv, gate_up    what it should read: W (x + C x) in place of W x
     o, down         what is missing from the states that it adds to, behind attention and behind the layer
 
-How much of that is trusted is chosen on sequences that it was not fitted to; what gains little there is left. Targets
-of a rounded prefix are GPTAQ's (arXiv 2504.02692); there the correction is exact on the calibration rows, noise too.
+How much of that is trusted is chosen on sequences that it was not fitted to, nothing included. Targets of a rounded
+prefix are GPTAQ's (arXiv 2504.02692); there the correction is exact on the calibration rows, noise too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,8 +21,7 @@ from lance_quant.awq.lessons import Lesson
 from lance_quant.checkpoint.layout import NORMS, PATHS, norm_name
 from lance_quant.model.decoder import rms_norm
 
-RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # shares of the mean second moment
-LEAST_GAIN = 0.05  # of the squared error held out: less is as likely noise, and moves answers
+RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # shares of the mean second moment
 READERS = dict(zip(("qkv", "gate_up"), NORMS, strict=True))  # site -> the norm that it reads
 ADDERS = ("o", "down")
 HELD_EVERY = 4
@@ -65,8 +64,11 @@ def missing_parts(
     block: Block, tensors: Mapping[str, Tensor], source: Mapping[str, Tensor], taught: Sequence[Lesson], site: str
 ) -> dict[str, Missing]:
     """Path -> what is missing at a site with `tensors`, in which its own linears are float ones and those before it
-    rounded. `source`: of the float layer; inputs of a site that reads a norm are in its terms, others as folded.
+    rounded; empty where nothing before it is. `source`: of the float layer; inputs of a site that reads a norm are in
+    its terms, others as folded.
     """
+    if site == "qkv" and all(lesson.entering is lesson.batch.states for lesson in taught):
+        return {}  # nothing before it is rounded
     sequences = [(lesson, row) for lesson in taught for row in range(len(lesson.counts))]
     places = {path: placed([_tokens(lesson, path) for lesson, _ in sequences]) for path in PATHS}
     made: dict[str, Missing] = {}
@@ -149,7 +151,7 @@ def make_up(part: Missing) -> Tensor | None:
     if not len(inputs):
         return None
     moments, cross = fit.T @ fit, fit.T @ part.missing[: part.fitted]
-    least, best = (1 - LEAST_GAIN) * _squared(left), None
+    least, best = _squared(left), None
     for ridge in RIDGES:
         change = _solved(moments, cross, ridge)
         if change is not None and (error := _squared(left - inputs @ change.T)) < least:

@@ -8,7 +8,6 @@ data to noise. One loop serves generation, evaluation and calibration.
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -85,11 +84,6 @@ def is_guided(t: torch.Tensor, cfg: FlowConfig) -> bool:
     return cfg.guidance > 1 and bool(low < t) and bool(t <= high)
 
 
-def guided_steps(cfg: FlowConfig) -> Counter[bool]:
-    """How many steps of a whole drawing are guided (True) and how many are not."""
-    return Counter(is_guided(t, cfg) for t in timesteps(cfg)[:-1])
-
-
 def guide(velocities: Velocities, cfg: FlowConfig, moving: torch.Tensor | None = None) -> torch.Tensor:
     """Guided velocity [rows, 48], rescaled to at most the conditional one's norm.
 
@@ -124,7 +118,7 @@ class CachedFlow:
 
     @torch.inference_mode()
     def __init__(self, lance: Lance, sample: Sample, state: torch.Tensor, cfg: FlowConfig):
-        self.lance, self.sample, self.cfg = lance, sample, cfg
+        self.lance, self.sample = lance, sample
         device = lance.device
         conditional, unconditional, kept = generation_positions(
             sample.ids, sample.grids, sample.modality, lance.config.video_token_id
@@ -286,12 +280,13 @@ def run_flow(
     """
     t = timesteps(cfg)
     state = state.to(state.dtype if cfg.faithful else torch.float32, copy=True)
-    moving = torch.isin(flow.rows, flow.sample.denoised_rows()).to(state.device)
-    rows = flow.rows.to(state.device)[moving]
+    device = state.device
+    moving = torch.isin(flow.rows, flow.sample.denoised_rows())
+    which, rows = moving.nonzero().squeeze(1).to(device), flow.rows[moving].to(device)
+    moving, times, steps = moving.to(device), t.to(device), (t[:-1] - t[1:]).to(device)  # no step waits for the host
     for step in range(cfg.steps):
-        velocities = flow.velocities(state, t[step], is_guided(t[step], cfg))
+        velocities = flow.velocities(state, times[step], is_guided(t[step], cfg))
         if on_step is not None:
             on_step(step, t[step], state, velocities)
-        dt = t[step] - t[step + 1]
-        state[rows] = state[rows] - guide(velocities, cfg, moving)[moving] * dt.to(state.device)
+        state[rows] = state[rows] - guide(velocities, cfg, moving)[which] * steps[step]
     return state

@@ -12,7 +12,7 @@ import torch
 
 from lance_quant.errors import LanceQuantError
 from lance_quant.model.lance import Lance
-from lance_quant.model.sampler import CachedFlow, guided_steps
+from lance_quant.model.sampler import CachedFlow
 from lance_quant.model.sequence import Sample
 from lance_quant.model.understanding import Answer, context_of, context_spans
 from lance_quant.runtime.fused import Streams, fuse_decoder, use_streams
@@ -49,7 +49,7 @@ class Fast:
         self.decodings: dict[tuple[int, int], Decoding] = {}
 
     def denoising(self, flow: CachedFlow) -> RecordedFlow:
-        return RecordedFlow(flow, self.graphs, guided_steps(flow.cfg))
+        return RecordedFlow(flow, self.graphs)
 
     def decoding(self, context: torch.Tensor, positions: torch.Tensor, sample: Sample, extra: int) -> Tokens:
         decoding = self.room(1, context.shape[1] + extra + 1)

@@ -4,7 +4,7 @@ A decoding step embeds its token, runs the layers, chooses the next token and co
 the device, so that the host only starts it. A denoising step is one graph per number of branches.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -16,39 +16,28 @@ from lance_quant.model.sampler import TOGETHER_ROWS, CachedFlow, Velocities
 from lance_quant.runtime.attention import StaticCache
 
 LEAST_CAPACITY = 512
-RUNS, RUNS_WAITING = 32, 8  # a 768 px picture on an H100: gaps are 1/40 of a guided step, waits 1/6 of a plain one
 
 
 class Recorded:
     """Runs a work that reads and writes the same tensors every time. On a GPU the first run is a plain one, which
     compiles what is to be compiled, and the second is recorded; `out` is what the last run returned.
 
-    most: how many runs there will be, where that is known. Recording takes a host as long as a plain run, and is left
-    out where so few runs would not win it back: graphs close the gaps between kernels, and the wait for a slow host.
-
     It does not keep the work: with it, it would keep whoever owns both, and the weights, from being freed.
     """
 
-    def __init__(self, device: torch.device, graphs: bool = True, most: int | None = None):
-        self.device, self.graphs, self.most = device, graphs and device.type == "cuda", most
-        self.runs, self.graph, self.out, self._first = 0, None, None, None
+    def __init__(self, device: torch.device, graphs: bool = True):
+        self.device, self.graphs = device, graphs and device.type == "cuda"
+        self.runs, self.graph, self.out = 0, None, None
 
     def __call__(self, work: Callable[[], object]):
-        if self.graphs and self.runs == 1 and self._pays():
+        if self.graphs and self.runs == 1:
             self._record(work)
         if self.graph is None:
             self.out = work()
         else:
             self.graph.replay()
-        if self.graphs and not self.runs:
-            self._first = torch.cuda.Event()
-            self._first.record(torch.cuda.current_stream(self.device))
         self.runs += 1
         return self.out
-
-    def _pays(self) -> bool:
-        """Whether to record: where the GPU still runs the first run, it does not wait for the host."""
-        return self.most is None or pays(self.most - self.runs, waits=self._first.query())
 
     def _record(self, work: Callable[[], object]) -> None:
         graph, stream = torch.cuda.CUDAGraph(), _recording(self.device)
@@ -62,11 +51,6 @@ class Recorded:
                 graph.capture_end()
         torch.cuda.current_stream(self.device).wait_stream(stream)
         self.graph = graph
-
-
-def pays(runs: int, waits: bool) -> bool:
-    """Whether so many further runs win back what recording takes. waits: the GPU for the host."""
-    return runs >= (RUNS_WAITING if waits else RUNS)
 
 
 @cache
@@ -160,13 +144,10 @@ class Tokens:
 
 
 class RecordedFlow:
-    """A `CachedFlow` whose steps are graphs: same velocities. Steps too long to share a batch run as they are.
+    """A `CachedFlow` whose steps are graphs: same velocities. Steps too long to share a batch run as they are."""
 
-    steps: guided or not -> how many there will be; None: not known, and graphs are made of all.
-    """
-
-    def __init__(self, flow: CachedFlow, graphs: bool = True, steps: Mapping[bool, int] | None = None):
-        self.flow, self.rows, self.sample, self.most = flow, flow.rows, flow.sample, steps
+    def __init__(self, flow: CachedFlow, graphs: bool = True):
+        self.flow, self.rows, self.sample = flow, flow.rows, flow.sample
         self.graphs = graphs and len(flow.rows) <= TOGETHER_ROWS
         self.state = self.t = None
         self.steps: dict[bool, Recorded] = {}
@@ -181,7 +162,6 @@ class RecordedFlow:
         self.state.copy_(state)
         self.t.copy_(t)
         if guided not in self.steps:
-            waits = any(one.graph is not None for one in self.steps.values())  # then this kind, which is shorter, too
-            self.steps[guided] = Recorded(device, self.graphs, None if waits or not self.most else self.most[guided])
+            self.steps[guided] = Recorded(device, self.graphs)
         out = self.steps[guided](lambda: self.flow.velocities(self.state, self.t, guided))
         return Velocities(*(part if part is None else part.clone() for part in out))

@@ -37,7 +37,8 @@ class Kernel:
         """arguments: tensors, numbers and None, the first one a tensor; constants: in the kernel's order too. Returns
         what was compiled, None from the interpreter, which compiles nothing."""
         early, fixed = starts_early(), tuple(constants.values())
-        key = (arguments[0].get_device(), early, fixed, *options.values(), *kinds(arguments))
+        device = torch.cuda.current_device() if arguments[0].is_cuda else None  # Triton's too
+        key = (device, early, fixed, *options.values(), *kinds(arguments))
         compiled = self.forms.get(key)
         if compiled is None:
             compiled = self.forms[key] = self.kernel[grid](*arguments, **constants, **options, **launched())
