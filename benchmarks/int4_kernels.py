@@ -15,7 +15,8 @@
 Each number is a CUDA graph over 36 copies of a linear, as a decode step reads them. TB/s counts the bytes of the format
 alone: codes, steps and zero points, or bf16 weights (dequantize: both). `error` is the relative L2 distance from the
 float64 product; a kernel that fails, or is too far from it, is told and left out, and the script ends with 1. Lines are
-written as they come; a stage ends after stage_s seconds, all of it after limit_s. Needs torch with its triton alone.
+written as they come; a stage ends after stage_s seconds, all of it after limit_s. Needs torch with its triton,
+`rivals` what int4_rivals.py names besides.
 device=cpu copies=1 shapes=tiny rows=1,8,17, with TRITON_INTERPRET=1, tries the script itself.
 """
 

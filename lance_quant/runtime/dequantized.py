@@ -1,10 +1,10 @@
 """`triton_dequant_cublas`: many rows of x by codes that become bf16 first, piece by piece.
 
     chunked(linear, x)                   # pieces into one buffer of the device, each multiplied at once
-    gated(gate_up, x)                    # the same with SiLU-times behind each piece, whose outputs lie in the L2 yet
+    gated(gate_up, x)                    # the same with SiLU-times behind each piece
 
 Pieces begin and end at multiples of 256 outputs: cuBLAS then finds whole tiles, and rows of the result start at 16
-bytes. With pieces of 1,524 outputs, all that 32 MB hold of a down projection, denoising lost 4.6 us a row on an H100.
+bytes.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,8 +22,10 @@ from lance_quant.runtime.ops import silu_mul
 if TYPE_CHECKING:
     from lance_quant.runtime.int4_linear import Int4Linear
 
-PIECE_ELEMENTS = 24 * 2**20  # at a time: 50 MB of bf16; gate and up in two pieces, all others whole
-GATED_ROWS = 2304  # of x at a time: with 5,632 outputs 396 tiles of 128 x 256, three for each of an H100's processors
+PIECE_ELEMENTS = (
+    24 * 2**20
+)  # at a time, 50 MB of bf16: gate and up in two pieces, all others whole, docs/performance.md
+GATED_ROWS = 2304  # of x at a time: with 11,264 outputs 792 tiles of 128 x 256, six for each of an H100's processors
 MANY_ROWS = 8192  # above, tiles always come out even, and products of all rows at once are 1 % faster
 TILE, TILE_ROWS = 256, 128  # outputs and rows
 ALIGNED = 8  # bf16 in 16 bytes
@@ -61,7 +63,7 @@ def chunked(linear: "Int4Linear", x: Tensor, elements: int | None = None) -> Ten
 def gated(gate_up: "Int4Linear", x: Tensor, elements: int | None = None, most: int | None = None) -> Tensor:
     """silu(gate) * up of x bf16 [M, I] -> [M, O / 2], `most` rows of x and a piece of gate and up at a time.
 
-    Gate and up never exist as a whole: a step reads and writes them in the L2 cache instead of memory.
+    Gate and up never exist as a whole: of a guided pair a quarter does.
     """
     rows_in_all = x.shape[0]
     most = most or (GATED_ROWS if rows_in_all <= MANY_ROWS else rows_in_all)

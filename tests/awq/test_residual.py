@@ -1,17 +1,22 @@
 """What a site's linears make up for: nothing where nothing is missing, part of it where something is."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import lance_quant.awq.refine as refine
+from lance_quant.awq.artifact import LayerResult
 from lance_quant.awq.block import Block
 from lance_quant.awq.config import RecipeConfig
-from lance_quant.awq.grid import Grid, quantize
+from lance_quant.awq.grid import Grid
 from lance_quant.awq.lessons import lessons
+from lance_quant.awq.refine import Refinement, less_missing, moved
 from lance_quant.awq.residual import Missing, make_up, missing_parts, placed
-from lance_quant.awq.search import Inputs, LayerJob, quantize_layer, refinement
-from lance_quant.awq.topology import FOLDS, resolve
+from lance_quant.awq.rounding import draft
+from lance_quant.awq.search import Inputs, LayerJob, refinement, search_fold
+from lance_quant.awq.topology import FOLDS, apply, resolve
 from lance_quant.checkpoint.layout import SITES, layer_targets
 from lance_quant.errors import LanceQuantError
 from tests.random_layers import checkpoint_of, random_evidence, random_layer, random_sequences, small_config
@@ -58,17 +63,6 @@ def test_what_is_found_missing_is_less_afterwards(site):
         assert part.error(weight, change) < 0.9 * part.error(weight, torch.zeros_like(weight))
 
 
-@pytest.mark.parametrize("site", ["qkv", "gate_up"])
-def test_a_reader_answers_as_the_float_model_would(site):
-    """The error of no change is that of the outputs: what the float model's states give less what ours give."""
-    block, taught = entered(0.2)
-    part = missing_parts(block, SOURCE, SOURCE, taught, site)["gen"]
-    target = next(t for t in layer_targets(CONFIG, 0) if (t.path, t.site) == ("gen", site))
-    weight = SOURCE[f"{target.name}.weight"]
-    wanted = (part.inputs + part.missing) @ weight.T - part.inputs @ weight.T
-    assert part.error(weight, torch.zeros_like(weight)) == pytest.approx(wanted.square().sum().item(), rel=1e-4)
-
-
 def test_what_does_not_hold_on_other_sequences_is_left():
     draw = torch.Generator().manual_seed(0)
     inputs, truth = torch.randn(400, 16, generator=draw), torch.randn(16, 16, generator=draw)
@@ -83,30 +77,104 @@ def test_whole_sequences_are_held_out():
     assert placed([5, 0, 3, 4, 2, 6]) == ([0, 0, 5, 8, 18, 12], 18, 20)
 
 
-def test_folded_weights_go_back_and_forth(tmp_path):
-    recipe = RecipeConfig(folds=list(FOLDS))
+def folded_work(block, taught, tmp_path) -> Refinement:
+    """The layer folded everywhere, with what is known of it when the ingredients after nearest begin."""
+    recipe = RecipeConfig(folds=list(FOLDS), rounding=["gptq", "residual"], residual_sites=list(SITES), sequential=True)
     checkpoint = checkpoint_of(tmp_path / "model.safetensors", CONFIG)
     job = LayerJob(checkpoint=checkpoint, layer=0, capture=None, recipe=recipe, group_size=16)
-    folds = resolve(CONFIG, 0, list(FOLDS))
-    result = quantize_layer(SOURCE, folds, random_evidence(CONFIG, outliers=9.0), job)
-    work = refinement(SOURCE, SOURCE, result, Inputs(), job)
+    known = random_evidence(CONFIG, outliers=9.0)
+    result, folded = LayerResult(), dict(SOURCE)
+    for fold in resolve(CONFIG, 0, list(FOLDS)):
+        result.found.append(search_fold(fold, folded, known, recipe, Grid(bits=4, group_size=16)))
+        apply(fold, folded, result.found[-1].scale)
+    assert len(result.found) >= 6
+    return refinement(SOURCE, folded, result, replace(Inputs.of(known), block=block, taught=taught), job)
+
+
+def outputs(block, tensors, batch, target, states=None) -> torch.Tensor:
+    """What a linear puts out, float ones where `states` enter."""
+    if states is not None:
+        batch = replace(batch, states=states)
+    read = block.trace(tensors, batch, [(target.path, target.site)]).rows[target.path, target.site]
+    return read @ tensors[f"{target.name}.weight"].T
+
+
+@pytest.mark.parametrize("site", ["qkv", "gate_up"])
+def test_folded_readers_answer_more_as_the_float_model_does(site, tmp_path):
+    """Run in the layer itself, with folds, on states that are off."""
+    block, taught = entered(0.2)
+    work = folded_work(block, taught, tmp_path)
+    stored = work.folded
+    parts = missing_parts(block, stored, SOURCE, taught, site)
+    for target in [target for target in work.targets if target.site == site]:
+        part = parts[target.path]
+        moved_weight = stored[f"{target.name}.weight"] + moved(work, target, part, make_up(part))
+        changed = stored | {f"{target.name}.weight": moved_weight}
+        before = after = 0.0
+        for lesson in taught:
+            if target.path == "gen" and not lesson.batch.latent.any():
+                continue
+            wanted = outputs(block, SOURCE, lesson.batch, target, lesson.entering)
+            for tensors in (stored, changed):
+                off = outputs(block, tensors, lesson.batch, target) * work.rows[target.name] - wanted
+                before, after = (
+                    (before + off.norm() ** 2, after) if tensors is stored else (before, after + off.norm() ** 2)
+                )
+        assert after < 0.05 * before
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_a_linear_is_taken_where_less_is_missing_by_it(site, tmp_path):
+    block, taught = entered(0.2)
+    work = folded_work(block, taught, tmp_path)
+    part = missing_parts(block, work.stored(), SOURCE, taught, site)["gen"]
+    target = next(t for t in work.targets if (t.path, t.site) == ("gen", site))
+    weight = work.stored()[f"{target.name}.weight"]
+    change = moved(work, target, part, make_up(part))
+    trials = {
+        share: SimpleNamespace(weight=lambda share=share: weight + share * change) for share in (0, 0.5, 1, 1.5, 3)
+    }
+
+    def better(one, other) -> bool:
+        return less_missing(work, target, None, part, trials[other], trials[one])
+
+    assert better(1, 0.5) and better(0.5, 0) and better(1, 1.5) and better(0, 3)
+    assert not better(0.5, 1) and not better(3, 0) and not better(0, 0)
+
+
+def test_each_site_sees_those_before_it_rounded_and_no_other(tmp_path, monkeypatch):
+    block, taught = entered(0.2)
+    work = folded_work(block, taught, tmp_path)
+    drafts = {t.name: draft(work.folded[f"{t.name}.weight"], Grid(bits=4, group_size=16)) for t in work.targets}
+    seen = {}
+
+    def watched(block, tensors, source, taught, site):
+        stored = work.stored()
+        seen[site] = {
+            t.site for t in work.targets if not torch.equal(tensors[f"{t.name}.weight"], stored[f"{t.name}.weight"])
+        }
+        return missing_parts(block, tensors, source, taught, site)
+
+    monkeypatch.setattr(refine, "missing_parts", watched)
+    made = refine.corrected(work, drafts)
+    assert seen == {"qkv": set(), "o": {"qkv"}, "gate_up": {"qkv", "o"}, "down": {"qkv", "o", "gate_up"}}
+    assert list(seen) == list(SITES)
+    assert work.loss(made) < 0.5 * work.loss(drafts)
+
+
+def test_the_first_layer_has_nothing_to_read_otherwise():
+    """Float states enter, and are what `entering` is of."""
+    block = Block(CONFIG, 0, random_sequences(CONFIG), "cpu")
+    assert missing_parts(block, SOURCE, SOURCE, lessons(block, SOURCE, {}), "qkv") == {}
+
+
+def test_folded_weights_go_back_and_forth(tmp_path):
+    block, taught = entered(0.0)
+    work = folded_work(block, taught, tmp_path)
     for target in work.targets:
         weight = SOURCE[f"{target.name}.weight"]
         torch.testing.assert_close(work.unfolded(target, work.refolded(target, weight)), weight)
-
-
-def test_every_site_that_is_named_is_made_up_for():
-    """The whole layer's error falls with each further site, where the states that enter are off."""
-    block, taught = entered(0.2)
-    rounded = {
-        f"{target.name}.weight": quantize(SOURCE[f"{target.name}.weight"], Grid(bits=4, group_size=16)).dequantize()
-        for target in layer_targets(CONFIG, 0)
-        if target.site != "down"
-    }
-    with_all = missing_parts(block, SOURCE | rounded, SOURCE, taught, "down")
-    float_ones = missing_parts(block, SOURCE, SOURCE, taught, "down")
-    for path in with_all:
-        assert with_all[path].missing.norm() > float_ones[path].missing.norm()
+        torch.testing.assert_close(work.unfolded(target, work.folded[f"{target.name}.weight"]), weight)
 
 
 def test_sites_that_do_not_exist_are_refused():

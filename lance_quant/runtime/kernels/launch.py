@@ -54,7 +54,7 @@ def kinds(arguments: tuple) -> list:
         if isinstance(one, torch.Tensor):
             address |= one.data_ptr()
             found.append(one.dtype)
-        elif isinstance(one, int):
+        elif isinstance(one, int) and not isinstance(one, bool):
             found.append(1 if one == 1 else (one & 15 == 0, -INT32 <= one < INT32))
         else:
             found.append(type(one))
