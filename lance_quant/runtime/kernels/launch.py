@@ -1,4 +1,4 @@
-"""Launches of Triton kernels that spare the host Triton's own look at every argument, some 20 microseconds a launch.
+"""Launches of Triton kernels that spare the host most of Triton's own look at every argument.
 
     KERNEL = Kernel(_kernel)                                # called with other tensors each time
     KERNEL(grid, (x, out, size), {"BLOCK": 64}, num_warps=4)
