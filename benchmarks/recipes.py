@@ -1,17 +1,19 @@
 """Recipes side by side on one checkpoint:  python benchmarks/recipes.py [recipe=published,best] [bits=4,3]
 
 Runs the sweep through the pipeline (what is common is done once; what is there is reused) and prints two tables, a row
-a combination: scores of understanding (und) and generation (gen), then one score a task, KL for questions and guided
-velocity error for what is drawn. recipe= takes rows of `ablation.py` too. Any other setting is passed on:
-`checkpoint=tiny_video evaluation.samples=64`.
+a combination: scores of understanding (und) and generation (gen), +- their standard errors over samples, then one score
+a task, KL for questions and guided velocity error for what is drawn. recipe= takes rows of `ablation.py` too. Any other
+setting is passed on: `checkpoint=tiny_video evaluation.samples=64`.
 """
 
 import json
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 from ablation import ABLATION, overrides_of
 
 SWEPT = {"recipe": "minmax,published,awq,fast,best", "group_size": "64,128", "bits": "4,3", "evaluation.samples": "64"}
@@ -19,8 +21,10 @@ SCORES = {
     "x2t_exact": "und same answers",
     "x2t_reference_exact_int4": "und right answers",
     "kl": "und KL",
+    "kl_error": "+-",
     "top1": "und top-1",
     "velocity_relative_l2": "gen velocity error",
+    "velocity_relative_l2_error": "+-",
     "velocity_guided_relative_l2": "gen guided",
     "latent_relative_l2": "gen latent error",
     "psnr": "gen PSNR dB",
@@ -72,9 +76,29 @@ def task_columns(runs: list[dict]) -> dict[str, str]:
 
 
 def metrics_of(report: Path) -> dict[str, float]:
-    """The scores that a report artifact tells of."""
+    """The scores that a report artifact tells of, and standard errors of two of them."""
     upstream = json.loads((report / "manifest.json").read_text())["upstream"]
-    return json.loads((report.parents[1] / "evaluate" / upstream["evaluate"] / "metrics.json").read_text())
+    folder = report.parents[1] / "evaluate" / upstream["evaluate"]
+    return json.loads((folder / "metrics.json").read_text()) | errors_of(folder)
+
+
+def errors_of(folder: Path) -> dict[str, float]:
+    """Standard errors over samples: of the KL, a mean over tokens, and of the velocity error."""
+    found = {}
+    if (folder / "forced.parquet").is_file():
+        samples = pd.read_parquet(folder / "forced.parquet")
+        found["kl_error"] = error_of(samples["kl"], samples["tokens"])
+    if (folder / "velocity.parquet").is_file():
+        samples = pd.read_parquet(folder / "velocity.parquet").groupby("name")["relative_l2"].mean()
+        found["velocity_relative_l2_error"] = error_of(samples, pd.Series(1.0, samples.index))
+    return found
+
+
+def error_of(values: pd.Series, weights: pd.Series) -> float:
+    """Of a weighted mean."""
+    share, count = weights / weights.sum(), len(values)
+    off = values - (values * share).sum()
+    return math.sqrt((share**2 * off**2).sum() * count / max(1, count - 1))
 
 
 def table(runs: list[dict], columns: dict[str, str]) -> str:

@@ -172,7 +172,7 @@ def corrected_at(work: Refinement, drafts: dict[str, Draft], site: str) -> dict[
     for split, linears in work.sites():
         if linears[0].site != site:
             continue
-        part = parts.get(linears[0].path)
+        part = parts.pop(linears[0].path, None)
         found = make_up(part) if part else None
         if found is None and site != SITES[-1]:
             continue
