@@ -17,7 +17,7 @@ from lance_quant.awq.grid import quantize
 from lance_quant.awq.learn import Learning, learn, weights_of
 from lance_quant.awq.lessons import Lesson, first_lessons, whole_loss
 from lance_quant.awq.moments import Split, second_moments
-from lance_quant.awq.residual import Missing, make_up, missing_parts
+from lance_quant.awq.residual import Found, Missing, make_up, missing_parts
 from lance_quant.awq.rounding import Draft, draft, rows_of, stacked
 from lance_quant.awq.score import OutputError
 from lance_quant.checkpoint.layout import SITES, Target
@@ -176,7 +176,7 @@ def corrected_at(work: Refinement, drafts: dict[str, Draft], site: str) -> dict[
         found = make_up(part) if part else None
         if found is None and site != SITES[-1]:
             continue
-        moments, trials, clips = work.moments(split, linears), [], {}
+        moments, trials, clips = read_moments(work, split, linears, part, found), [], {}
         for target in linears:
             weight, was = stored[f"{target.name}.weight"], drafts[target.name]
             trial = draft(weight if found is None else weight + moved(work, target, part, found), was.grid)
@@ -198,7 +198,17 @@ def comes_before(target: Target, site: str) -> bool:
     return SITES.index(target.site) < SITES.index(site)
 
 
-def moved(work: Refinement, target: Target, part: Missing, found: Tensor) -> Tensor:
+def read_moments(
+    work: Refinement, split: Split, linears: list[Target], part: Missing | None, found: Found | None
+) -> Tensor:
+    """Of what the linears of a site read, as folded: in kept sequences where something was found missing there."""
+    if found is None:
+        return work.moments(split, linears)
+    columns = work.columns[linears[0].name]
+    return found.moments if part.adds else found.moments / columns / columns[:, None]
+
+
+def moved(work: Refinement, target: Target, part: Missing, found: Found) -> Tensor:
     """The change of a folded weight for what was found missing: readers are looked at in the source's terms."""
     change = part.change(work.weight(target), found)
     return change if part.adds else work.refolded(target, change)

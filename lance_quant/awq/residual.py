@@ -6,8 +6,9 @@ what it reads, a ridge regression finds what can be said of
     qkv, gate_up    what it should read: W (x + C x) in place of W x
     o, down         what is missing from the states that it adds to, behind attention and behind the layer
 
-How much of that is trusted is chosen on sequences that it was not fitted to, nothing included. Targets of a rounded
-prefix are GPTAQ's (arXiv 2504.02692); there the correction is exact on the calibration rows, noise too.
+How much of that is trusted is chosen on sequences that it was not fitted to, nothing included. What is then rounded is
+compensated by the second moments of what is really read, behind rounded layers and linears. Targets of a rounded prefix
+are GPTAQ's (arXiv 2504.02692); there the correction is exact on the calibration rows, noise too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,9 +41,9 @@ class Missing:
     fitted: int
     adds: bool
 
-    def change(self, weight: Tensor, found: Tensor) -> Tensor:
+    def change(self, weight: Tensor, found: "Found") -> Tensor:
         """Of a linear's weight [O, I], for what `make_up` has found."""
-        return found if self.adds else weight @ found
+        return found.change if self.adds else weight @ found.change
 
     def error(self, weight: Tensor, change: Tensor) -> float:
         """What is still missing from the outputs where a linear's weight [O, I] changes by `change`, over all tokens.
@@ -53,6 +54,14 @@ class Missing:
         for inputs, missing in zip(self.inputs.split(ROWS), self.missing.split(ROWS), strict=True):
             total += _squared((missing if self.adds else missing @ weight.T) - inputs @ change.T)
         return total
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is missing as a matrix [K, I] times the inputs, and the inputs' second moments [I, I], float32."""
+
+    change: Tensor
+    moments: Tensor
 
 
 def _squared(x: Tensor) -> float:
@@ -143,9 +152,8 @@ def _tokens(lesson: Lesson, path: str) -> int:
     return int(_at(lesson, path).sum())
 
 
-def make_up(part: Missing) -> Tensor | None:
-    """What is missing as a matrix times the inputs, float32 [K, I]; None where nothing that was tried helps what was
-    held out."""
+def make_up(part: Missing) -> Found | None:
+    """None where nothing that was tried helps what was held out."""
     fit, inputs = part.inputs[: part.fitted], part.inputs[part.fitted :]
     left = part.missing[part.fitted :]
     if not len(inputs):
@@ -158,7 +166,9 @@ def make_up(part: Missing) -> Tensor | None:
             least, best = error, ridge
     if best is None:
         return None
-    return _solved(moments + inputs.T @ inputs, cross + inputs.T @ left, best)
+    moments += inputs.T @ inputs
+    change = _solved(moments, cross + inputs.T @ left, best)
+    return None if change is None else Found(change, moments)
 
 
 def _solved(moments: Tensor, cross: Tensor, ridge: float) -> Tensor | None:

@@ -11,9 +11,10 @@ from lance_quant.awq.artifact import LayerResult
 from lance_quant.awq.block import Block
 from lance_quant.awq.config import RecipeConfig
 from lance_quant.awq.grid import Grid
+from lance_quant.awq.learn import weights_of
 from lance_quant.awq.lessons import lessons
 from lance_quant.awq.refine import Refinement, less_missing, moved
-from lance_quant.awq.residual import Missing, make_up, missing_parts, placed
+from lance_quant.awq.residual import READERS, Missing, make_up, missing_parts, placed
 from lance_quant.awq.rounding import draft
 from lance_quant.awq.search import Inputs, LayerJob, refinement, search_fold
 from lance_quant.awq.topology import FOLDS, apply, resolve
@@ -69,7 +70,8 @@ def test_what_does_not_hold_on_other_sequences_is_left():
     noise = torch.randn(400, 16, generator=draw)
     assert make_up(Missing(inputs, noise, 300, adds=True)) is None
     found = make_up(Missing(inputs, noise + inputs @ truth.T, 300, adds=True))
-    assert (found - truth).norm() < 0.2 * truth.norm()
+    assert (found.change - truth).norm() < 0.2 * truth.norm()
+    torch.testing.assert_close(found.moments, inputs.T @ inputs)
 
 
 def test_whole_sequences_are_held_out():
@@ -160,6 +162,29 @@ def test_each_site_sees_those_before_it_rounded_and_no_other(tmp_path, monkeypat
     assert seen == {"qkv": set(), "o": {"qkv"}, "gate_up": {"qkv", "o"}, "down": {"qkv", "o", "gate_up"}}
     assert list(seen) == list(SITES)
     assert work.loss(made) < 0.5 * work.loss(drafts)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_linears_are_compensated_by_what_they_really_read(site, tmp_path, monkeypatch):
+    """In the folded layer, on states that are off."""
+    block, taught = entered(0.2)
+    work = folded_work(block, taught, tmp_path)
+    drafts = {t.name: draft(work.folded[f"{t.name}.weight"], Grid(bits=4, group_size=16)) for t in work.targets}
+    used = []
+    monkeypatch.setattr(refine, "settled", lambda work, made, moments: used.append(moments) or made)
+    refine.corrected_at(work, drafts, site)
+    before = {t.name: drafts[t.name] for t in work.targets if SITES.index(t.site) < SITES.index(site)}
+    tensors = work.stored() | weights_of(before)
+    wanted = {"und": 0.0, "gen": 0.0}
+    for lesson in taught:
+        for path, rows in block.trace(tensors, lesson.batch, [(path, site) for path in wanted]).rows.items():
+            at = lesson.batch.latent if path[0] == "gen" else ~lesson.batch.latent
+            counts = lesson.counts * (lesson.wanted.norm(dim=-1) if site in READERS else 1)
+            rows = (rows * counts[:, at, None].sqrt()).flatten(0, 1)
+            wanted[path[0]] = wanted[path[0]] + rows.T @ rows
+    assert len(used) == 2
+    for got, path in zip(used, wanted, strict=True):
+        torch.testing.assert_close(got, wanted[path], rtol=2e-2, atol=2e-3 * wanted[path].abs().max().item())
 
 
 def test_the_first_layer_has_nothing_to_read_otherwise():
