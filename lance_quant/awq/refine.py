@@ -164,11 +164,10 @@ def corrected_at(work: Refinement, drafts: dict[str, Draft], site: str) -> dict[
     """The linears of a site rounded anew, compensated, from weights that make up for what is missing there; each one
     taken where less is missing by it. Where no kept sequence comes by they are compensated alone.
     """
-    made, stored = {}, work.stored()
-    before = {target.name: drafts[target.name] for target in work.targets if comes_before(target, site)}
-    parts = {}
+    made, parts = {}, {}
     if site in work.recipe.residual_sites:
-        parts = missing_parts(work.block, stored | weights_of(before), work.source, work.taught, site)
+        before = {target.name: drafts[target.name] for target in work.targets if comes_before(target, site)}
+        parts = missing_parts(work.block, work.stored() | weights_of(before), work.source, work.taught, site)
     for split, linears in work.sites():
         if linears[0].site != site:
             continue
@@ -178,7 +177,7 @@ def corrected_at(work: Refinement, drafts: dict[str, Draft], site: str) -> dict[
             continue
         moments, trials, clips = read_moments(work, split, linears, part, found), [], {}
         for target in linears:
-            weight, was = stored[f"{target.name}.weight"], drafts[target.name]
+            weight, was = work.folded[f"{target.name}.weight"], drafts[target.name]
             trial = draft(weight if found is None else weight + moved(work, target, part, found), was.grid)
             if work.recipe.clip != "none":
                 trial, *clips[target.name] = CLIPS[work.recipe.clip](trial, moments, work.recipe)
@@ -220,7 +219,7 @@ def less_missing(
     """Whether a linear is better off by a trial; part: None where nothing was found that it could make up for."""
     if part is None:
         return closer(work, target, split, was, trial)
-    folded = work.stored()[f"{target.name}.weight"]
+    folded = work.folded[f"{target.name}.weight"]
     changes = (one.weight() - folded for one in (was, trial))
     if not part.adds:
         changes = (work.unfolded(target, change) for change in changes)
