@@ -14,6 +14,7 @@ from lance_quant.awq.config import RecipeConfig
 RECIPES = Path(__file__).resolve().parents[1] / "conf" / "recipe"
 FOUR_FOLDS = ["input_norm", "post_attention_norm", "up_down", "v_o"]
 
+ALIKE = {"gradients": False}  # all outputs of a linear
 LEARNED = {"rounding": ["nearest", "learned", "residual"]}
 LONGER = {"learned_steps": 200, "learned_rate": 0.005, "range_rate": 0.0015}
 GENTLY = {"rounding": ["gptq", "residual", "learned"], "learned_rate": 0.003, "range_rate": 0.0003}
@@ -34,8 +35,13 @@ ABLATION = {
     "fast_damping_0.1": ("fast", {"damping": 0.1}),
     "fast_descent": ("fast", {"descent": 3}),
     "fast_residual_o_down": ("fast", {"residual_sites": ["o", "down"]}),
-    "best_residual_down": ("best", {"residual_sites": ["down"]}),
-    "best_residual_o_down": ("best", {"residual_sites": ["o", "down"]}),
+    "fast_gradients": ("fast", {"gradients": True}),
+    "best_residual_down": ("best", ALIKE | {"residual_sites": ["down"]}),
+    "best_residual_o_down": ("best", ALIKE | {"residual_sites": ["o", "down"]}),
+    "best_no_gradients": ("best", ALIKE),
+    "best_gradient_share_0": ("best", {"gradient_share": 0.0}),
+    "best_gradient_damping_0.1": ("best", {"gradient_damping": 0.1}),
+    "best_gradient_damping_1": ("best", {"gradient_damping": 1.0}),
     "best_no_descent": ("best", {"descent": 0}),
     "fast_all_rows": ("fast", {"heldout": 0.0}),
     "best_all_rows": ("best", {"heldout": 0.0}),
@@ -43,9 +49,9 @@ ABLATION = {
     "learned_residual": ("fast", LEARNED),
     "learned_residual_200": ("fast", LEARNED | LONGER),
     "learned_residual_200_large": ("fast", LEARNED | LONGER | {"learned_tokens": 8192}),
-    "learned_residual_sequential": ("best", LEARNED),
-    "learned_residual_200_sequential": ("best", LEARNED | LONGER),
-    "best_learned_gently": ("best", GENTLY),
+    "learned_residual_sequential": ("best", ALIKE | LEARNED),
+    "learned_residual_200_sequential": ("best", ALIKE | LEARNED | LONGER),
+    "best_learned_gently": ("best", ALIKE | GENTLY),
 }
 
 

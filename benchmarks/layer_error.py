@@ -34,8 +34,8 @@ from lance_quant.awq.block import Block
 from lance_quant.awq.grid import Rounded
 from lance_quant.awq.lessons import lessons, whole_loss
 from lance_quant.awq.search import LayerJob, read_tensors, search_layer
-from lance_quant.awq.sequences import read_sequences
 from lance_quant.calibration.capture import capture
+from lance_quant.calibration.sequences import read_sequences
 from lance_quant.checkpoint.layout import layer_targets
 from lance_quant.checkpoint.native import unpack_nibbles
 from lance_quant.checkpoint.reader import TensorReader
@@ -78,6 +78,7 @@ def compare(args) -> None:
                 raise LanceQuantError(f"--layers has {layer}, and the model's are 0 to {count - 1}")
         check_groups(checkpoint.config, recipes, args.group_size)
         kept = {"rows_per_site": args.rows, "sequences": 10**6, "sequence_tokens": 10**9}
+        kept["gradient_tokens"] = args.gradient_tokens if any(recipe.gradients for recipe in recipes) else 0
         texts = texts_of(args, checkpoint.config, work)
         fitted, held = (len(pieces) * PIECE for pieces in cut(checkpoint, texts))
         print(f"{fitted} of {texts[0][1]} calibration tokens, {held} of {texts[1][1]} held out")

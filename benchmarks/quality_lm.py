@@ -260,6 +260,7 @@ def compare(args) -> None:
             captured = work / f"capture{seed}"
             captured.mkdir()
             kept = {"rows_per_site": args.rows, "sequences": 10**6, "sequence_tokens": 10**9}
+            kept["gradient_tokens"] = args.gradient_tokens if any(recipe.gradients for recipe in recipes) else 0
             capture(checkpoint, text_config("text", *texts[0], seed, **kept), captured, args.device)
             for recipe in recipes:
                 started = time.monotonic()
@@ -313,6 +314,7 @@ def parser_of(text: str) -> argparse.ArgumentParser:
     parser.add_argument("--evaluation", help="folder of .txt or .md files")
     parser.add_argument("--calibration-tokens", type=int, help=f"{NARROW_TOKENS}; half above a width of {NARROW}")
     parser.add_argument("--evaluation-tokens", type=int, default=20480)
+    parser.add_argument("--gradient-tokens", type=int, default=16384, help="about so many of them with gradients")
     parser.add_argument("--rows", type=int, default=2048, help="rows captured of a site, beside the sequences")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work", type=Path, help="where the working folder goes")

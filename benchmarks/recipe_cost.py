@@ -32,14 +32,19 @@ from safetensors.torch import save_file
 
 from lance_quant.awq.block import Block
 from lance_quant.awq.search import LayerJob, read_tensors, search_layer, write_prefix
-from lance_quant.awq.sequences import read_sequences
 from lance_quant.calibration.activations import (
-    HIDDEN_SCHEMA,
+    GRADIENTS,
+    HIDDEN,
     ROWS_SCHEMA,
+    STATES_SCHEMA,
     STATISTICS_SCHEMA,
     bit_patterns,
     layer_file,
+    states_file,
+    table_writer,
+    write_states,
 )
+from lance_quant.calibration.sequences import read_sequences
 from lance_quant.checkpoint.layout import PATHS, SITES, Checkpoint, expected_shapes, layer_prefix
 from lance_quant.errors import LanceQuantError
 from lance_quant.model.config import LanceConfig
@@ -48,6 +53,7 @@ from lance_quant.model.resolution import Preset
 LAYERS = 36
 LAYER = 1  # the one that is made and searched
 OFF = 0.05  # share of another channel that the layers before left in each
+CHANNELS = 48  # that what is drawn hangs on
 OUTLIERS, GAIN = 24, 20.0  # channels of a norm that are larger, and by how much
 SIZES = {
     "published": {"hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16, "num_key_value_heads": 2}
@@ -126,16 +132,19 @@ def make_capture(folder: Path, checkpoint: Checkpoint, args) -> None:
                 "split": latent.astype(np.int32),
                 "mode": np.where(latent, "noise", "causal").astype(object),
                 "expert": np.where(latent, "gen", "und").astype(object),
+                "output": np.where(latent, "velocity", "logits").astype(object),
             }
         )
     columns = {name: np.concatenate([one[name] for one in sequences]) for name in sequences[0]}
     pq.write_table(pa.table(columns), folder / "sequences.parquet")
-    file = folder / "hidden" / f"layer={LAYER}" / "part.parquet"
-    file.parent.mkdir(parents=True)
-    with pq.ParquetWriter(file, HIDDEN_SCHEMA) as writer:
-        for number, state in enumerate(states):
-            table = {"sequence": np.full(length, number), "token": np.arange(length), "state": bit_patterns(state)}
-            writer.write_table(pa.table(table).cast(HIDDEN_SCHEMA))
+    directions = torch.randn(CHANNELS, hidden, generator=draw)
+    for kind, of in (
+        (HIDDEN, lambda state: state),
+        (GRADIENTS, lambda state: (torch.randn(len(state), CHANNELS, generator=draw) @ directions).to(torch.bfloat16)),
+    ):
+        with table_writer(states_file(folder, kind, LAYER), STATES_SCHEMA) as writer:
+            for number, state in enumerate(states):
+                write_states(writer, number, of(state))
     order = torch.randperm(hidden, generator=draw)
     prefix = [(state + OFF * state[:, order]).to(torch.bfloat16) for state in states]  # so that all is there to be done
     write_prefix(dict(enumerate(prefix)), folder)

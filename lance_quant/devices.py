@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -29,6 +31,33 @@ def current(name: str) -> AbstractContextManager:
     import torch
 
     return torch.cuda.device(name) if name.startswith("cuda") else nullcontext()
+
+
+_lock = threading.Lock()
+_inside = 0
+
+
+@contextmanager
+def repeatable(device: str) -> Iterator[None]:
+    """Deterministic kernels within: fused attention's backward pass has no fixed order else. It runs on the thread that
+    asks for it, as another one would have no context of the device."""
+    import torch
+
+    global _inside
+    if not device.startswith("cuda"):
+        yield
+        return
+    with _lock:
+        _inside += 1
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with torch.autograd.set_multithreading_enabled(False):
+            yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                torch.use_deterministic_algorithms(False)
 
 
 def choose_device(name: str) -> str:

@@ -1,4 +1,4 @@
-"""capture: checkpoint and calibration samples -> what each input site of each layer and path sees, as Parquet."""
+"""capture: checkpoint and calibration samples -> what each input site of each layer sees, and gradients, as Parquet."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +14,7 @@ from tasks.config import RunConfig, read_fields, sample_fields
 from tasks.stage import Devices, Progress, as_state, log
 from tasks.store import Artifact, Identity, Store
 
-REVISION = 6
+REVISION = 7
 NAMED = 3
 
 

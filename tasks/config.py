@@ -71,6 +71,11 @@ class RunConfig:
         if not 0 <= self.seed < 2**32:
             raise LanceQuantError(f"seed={self.seed} must lie between 0 and 2**32 - 1")
         self.recipe.name = honest_name(self.recipe)
+        if self.recipe.gradients and not self.calibration.gradient_tokens:
+            raise LanceQuantError(
+                f"recipe {self.recipe.name} weighs errors by gradients and calibration.gradient_tokens=0 keeps none: "
+                "set it to 32000, or recipe.gradients=false"
+            )
         if not self.artifacts:
             raise LanceQuantError("artifacts must name a folder, for example artifacts=artifacts")
 

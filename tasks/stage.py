@@ -95,7 +95,7 @@ def halt() -> None:
 
 
 class Progress:
-    """`progress(done, total, what)` for the library: at most ten lines a stage, and the place where a stage stops."""
+    """`progress(done, total, what)` for the library: at most ten lines a phase, and the place where a stage stops."""
 
     def __init__(self, stage: str):
         self.stage = stage
@@ -105,6 +105,7 @@ class Progress:
     def __call__(self, done: int, total: int, what: str = "") -> None:
         halt()
         tenth = PROGRESS_LINES * done // max(total, 1)
+        self._told = min(self._told, tenth)  # another phase begins
         if tenth > self._told and time.monotonic() >= self._next:
             self._told, self._next = tenth, time.monotonic() + SECONDS_BETWEEN_LINES
             log.info("%s: %d of %d %s", self.stage, done, total, what)

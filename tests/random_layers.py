@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import save_file
 
 from lance_quant.awq.score import Evidence, evidence
-from lance_quant.awq.sequences import KeptSequence
 from lance_quant.calibration.activations import SiteActivations
+from lance_quant.calibration.sequences import KeptSequence
 from lance_quant.checkpoint.layout import (
     NORMS,
     PATHS,
@@ -138,7 +138,15 @@ def random_sequences(config: LanceConfig, count: int = 3, seed: int = 2, outlier
         positions = torch.arange(24).expand(3, -1)
         out.append(
             KeptSequence(
-                task=task, sample=index, timestep=0.5, positions=positions, latent=latent, spans=spans, states=states
+                task=task,
+                sample=index,
+                timestep=0.5,
+                positions=positions,
+                latent=latent,
+                drawn=latent,
+                said=~latent & (task == "x2t_image"),
+                spans=spans,
+                states=states,
             )
         )
     return out
@@ -147,3 +155,13 @@ def random_sequences(config: LanceConfig, count: int = 3, seed: int = 2, outlier
 def random_evidence(config: LanceConfig, layer: int = 0, **kwargs) -> Evidence:
     sites = random_sites(config, layer, **kwargs)
     return evidence(sites, layer_targets(config, layer), by_token=False, device="cpu")
+
+
+def random_gradients(kept: list[KeptSequence], seed: int = 6, directions: int = 4) -> dict[int, torch.Tensor]:
+    """Of each sequence, in a few directions of its states."""
+    draw = torch.Generator().manual_seed(seed)
+    along = torch.randn(directions, kept[0].states.shape[1], generator=draw)
+    return {
+        number: (torch.randn(len(one.states), directions, generator=draw) @ along).bfloat16()
+        for number, one in enumerate(kept)
+    }

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from lance_quant.awq.sequences import KeptSequence
+from lance_quant.calibration.sequences import KeptSequence
 from lance_quant.calibration.streaming import bare_decoder
 from lance_quant.checkpoint.layout import NORMS, PATHS, SITES, SUFFIX, layer_prefix, layer_targets
+from lance_quant.devices import repeatable
 from lance_quant.model.config import LanceConfig
 from lance_quant.model.decoder import Call, Layer
 from lance_quant.model.routing import Routing, Twin
@@ -132,6 +133,27 @@ class Block:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def gradients(self, tensors: dict[str, Tensor], batch: Batch, behind: Tensor) -> list[Tensor | None]:
+        """At the outputs of each linear [B, k, O], in the order of `layer_targets`, from `behind` [B, n, H], that at
+        what the layer puts out; None where no token came."""
+        targets = layer_targets(self.config, self.layer)
+        outputs: dict[str, Tensor] = {}
+        hooks = [
+            self.module.get_submodule(target.name.removeprefix(self._prefix)).register_forward_hook(
+                lambda _, args, out, name=target.name: outputs.update({name: out})
+            )
+            for target in targets
+        ]
+        try:
+            with torch.enable_grad(), repeatable(self.device):
+                states = batch.states.clone().requires_grad_()
+                out = self.outputs(tensors, replace(batch, states=states))
+                found = torch.autograd.grad(out, list(outputs.values()), behind)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [dict(zip(outputs, found, strict=True)).get(target.name) for target in targets]
 
     def site_rows(self, tensors: dict[str, Tensor]) -> SiteInputs:
         """What the linears read."""

@@ -53,30 +53,43 @@ def inverse_factor(moments: Tensor, damping: float) -> Tensor:
     return one
 
 
-def compensate(made: Draft, moments: Tensor, damping: float) -> Draft:
-    """The draft with its latent weight as each column stood when it was rounded.
+class Compensation:
+    """What inputs of some second moments ask of every weight that reads them.
 
-    moments: float32 [I, I] of what the linear reads. Channels that are always 0 neither take nor give.
+    moments: float32 [I, I]; damping: as for `inverse_factor`. Channels that are always 0 neither take nor give.
     """
-    if not moments.diagonal().any():
-        return made
-    order = moments.diagonal().argsort(descending=True, stable=True)
-    factor = inverse_factor(moments[order][:, order], damping)
-    group = torch.arange(len(moments), device=moments.device)[order] // made.grid.group_size
-    # columns as rows, so that each is read at one stretch
-    columns = made.latent.T[order].contiguous()
-    step, zero, fixed = made.step.T[group], made.zero.T[group], made.constant.T[group]
-    exact = columns.clone() if fixed.any() else None
-    share = 1 / factor.diagonal()
-    through = form_of(compensate_block, columns)
-    for start in range(0, len(columns), COLUMNS):
-        at = slice(start, min(start + COLUMNS, len(columns)))
-        held = None if exact is None else exact[at]
-        block = Columns(columns[at], held, fixed[at], step[at], zero[at], factor[at, at], share[at], made.grid.top)
-        columns[at.stop :].addmm_(factor[at, at.stop :].T, through(block), alpha=-1)
-    latent = torch.empty_like(columns)
-    latent[order] = columns
-    return replace(made, latent=latent.T.contiguous())
+
+    def __init__(self, moments: Tensor, damping: float):
+        self.order = moments.diagonal().argsort(descending=True, stable=True)
+        self.factor = None
+        if moments.diagonal().any():
+            self.factor = inverse_factor(moments[self.order][:, self.order], damping)
+
+    def __call__(self, made: Draft) -> Draft:
+        """The draft with its latent weight as each column stood when it was rounded."""
+        order, factor = self.order, self.factor
+        if factor is None:
+            return made
+        group = torch.arange(len(order), device=order.device)[order] // made.grid.group_size
+        # columns as rows, so that each is read at one stretch
+        columns = made.latent.T[order].contiguous()
+        step, zero, fixed = made.step.T[group], made.zero.T[group], made.constant.T[group]
+        exact = columns.clone() if fixed.any() else None
+        share = 1 / factor.diagonal()
+        through = form_of(compensate_block, columns)
+        for start in range(0, len(columns), COLUMNS):
+            at = slice(start, min(start + COLUMNS, len(columns)))
+            held = None if exact is None else exact[at]
+            block = Columns(columns[at], held, fixed[at], step[at], zero[at], factor[at, at], share[at], made.grid.top)
+            columns[at.stop :].addmm_(factor[at, at.stop :].T, through(block), alpha=-1)
+        latent = torch.empty_like(columns)
+        latent[order] = columns
+        return replace(made, latent=latent.T.contiguous())
+
+
+def compensate(made: Draft, moments: Tensor, damping: float) -> Draft:
+    """One weight alone."""
+    return Compensation(moments, damping)(made)
 
 
 def compensate_block(block: Columns) -> Tensor:

@@ -37,6 +37,10 @@ class RecipeConfig:
     sequential recipes alone; down_proj is compensated there), "learned" (on the kept sequences: learned_steps steps of
     about learned_tokens tokens; learned_rate, range_rate: first step of offsets, in codes, and of the ends of ranges,
     in shares).
+    gradients: what an error of a linear's outputs counts follows from what it does to velocities and logits, and rows
+    of a linear make up for each other (`outputs.py`), where it is rounded for good; gradient_damping: share of the mean
+    squared gradient that all outputs count besides; gradient_share: of what latents count where the
+    residual and the layer's loss look at tokens, how much is spread as their squared gradients are.
     sequential: the states that enter a layer's kept sequences are those that the layers before, rounded, make of them;
     what should come out stays the float model's. Layers then follow one another instead of fanning out.
     """
@@ -63,6 +67,9 @@ class RecipeConfig:
     learned_tokens: int = 2048
     learned_rate: float = 0.01
     range_rate: float = 0.01
+    gradients: bool = False
+    gradient_damping: float = 0.3
+    gradient_share: float = 0.8
     sequential: bool = False
 
     def __post_init__(self) -> None:
@@ -110,9 +117,14 @@ class RecipeConfig:
                 f"recipe {self.name}: clip={self.clip} and rounding={list(self.rounding)} look at captured rows: set "
                 "scoring=captured (folds=[] for none)"
             )
+        if self.gradients and not {"gptq", "residual"} & set(self.rounding):
+            raise LanceQuantError(
+                f"recipe {self.name}: gradients=true acts in compensation: add gptq or residual to rounding"
+            )
         if not self.zero_in_range and self.clip != "none":
             raise LanceQuantError(f"recipe {self.name}: clip={self.clip} keeps 0 in range: set zero_in_range=true")
-        between = {"heldout": (0, 0.5), "clip_least": (0.1, 1), "damping": (1e-6, 1e3)}
+        between = {"heldout": (0, 0.5), "clip_least": (0.1, 1), "damping": (1e-6, 1e3), "gradient_damping": (1e-3, 1e3)}
+        between |= {"gradient_share": (0, 1)}
         between |= {"learned_rate": (0, 0.5), "range_rate": (0, 0.5), "clip_steps": (2, 64)}
         between |= {"learned_steps": (1, 1e5), "learned_tokens": (1, 1e7), "descent": (0, 100)}
         for name, (low, high) in between.items():
@@ -127,7 +139,12 @@ class RecipeConfig:
 
     @property
     def needs_sequences(self) -> bool:
-        return self.sequential or "sequences" in self.evidence or bool({"residual", "learned"} & set(self.rounding))
+        return (
+            self.sequential
+            or self.gradients
+            or "sequences" in self.evidence
+            or bool({"residual", "learned"} & set(self.rounding))
+        )
 
 
 def one_of(what: str, values: list[str], known: tuple[str, ...]) -> None:

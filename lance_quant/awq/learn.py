@@ -9,9 +9,7 @@
 Attention and MLP, both paths, make up for each other's errors (SignRound, arXiv 2309.05516).
 """
 
-import threading
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +21,7 @@ from lance_quant.awq.grid import grouped
 from lance_quant.awq.lessons import Lesson, cells, loss_of, whole_loss
 from lance_quant.awq.rounding import Draft, with_range
 from lance_quant.checkpoint.layout import layer_targets
+from lance_quant.devices import repeatable
 
 
 @dataclass
@@ -150,26 +149,3 @@ def _gradients(
             loss = loss_of(block, now, taught[index], rows)
         loss.backward()
     return {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
-
-
-_lock = threading.Lock()
-_inside = 0
-
-
-@contextmanager
-def repeatable(device: str):
-    """Deterministic kernels while any layer learns: fused attention's backward pass has no fixed order else."""
-    global _inside
-    if not device.startswith("cuda"):
-        yield
-        return
-    with _lock:
-        _inside += 1
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        with _lock:
-            _inside -= 1
-            if not _inside:
-                torch.use_deterministic_algorithms(False)

@@ -3,8 +3,8 @@
 Targets are the float model's; inputs are too, except in sequential recipes, where the rounded layers before enter.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,6 +53,33 @@ def lessons(
             counts[at] = weights.get((task, path), 1.0) / (total * max(size[task, path], TINY))
         made.append(Lesson(batch, batch.states, states.middle, out, counts / out.norm(dim=-1).clamp(min=TINY)))
     return made
+
+
+def weighed_lessons(taught: Sequence[Lesson], gradients: Mapping[int, Tensor], share: float) -> list[Lesson]:
+    """Lessons in which `share` of what a task's latents count is spread as their squared gradients are. Those of text
+    follow from one drawn token each, which is too few to weigh single tokens by.
+
+    gradients: sequence number -> at what the layer puts out [n, H]; sequences without any stay as they are.
+    """
+    known = [
+        (lesson, row, task, at[0], gradients[number].to(lesson.counts).square().sum(-1)[at[0]])
+        for lesson in taught
+        for row, number in enumerate(lesson.batch.numbers)
+        if number in gradients
+        for task, path, at in cells(lesson.batch.part([row]))
+        if path == "gen"
+    ]
+    sums: dict[str, Tensor] = {}
+    for lesson, row, task, at, square in known:
+        both = torch.stack([lesson.counts[row, at].sum(), square.sum()]).double()
+        sums[task] = sums[task] + both if task in sums else both
+    counts = {id(lesson): lesson.counts.clone() for lesson in taught}
+    for lesson, row, task, at, square in known:
+        counted, squared = sums[task].tolist()
+        if squared > TINY:
+            even = lesson.counts[row, at] * (1 - share)
+            counts[id(lesson)][row, at] = even + square * (share * counted / squared)
+    return [replace(lesson, counts=counts[id(lesson)]) for lesson in taught]
 
 
 def first_lessons(taught: Sequence[Lesson], tokens: int) -> list[Lesson]:

@@ -10,15 +10,16 @@ from torch import Tensor
 
 from lance_quant.awq.block import Block
 from lance_quant.awq.clip import CLIPS
-from lance_quant.awq.compensate import compensate
+from lance_quant.awq.compensate import Compensation
 from lance_quant.awq.config import RecipeConfig
 from lance_quant.awq.descend import descend
 from lance_quant.awq.grid import quantize
 from lance_quant.awq.learn import Learning, learn, weights_of
 from lance_quant.awq.lessons import Lesson, first_lessons, whole_loss
 from lance_quant.awq.moments import Split, second_moments
+from lance_quant.awq.outputs import OutputMoments, in_turn
 from lance_quant.awq.residual import Found, Missing, make_up, missing_parts
-from lance_quant.awq.rounding import Draft, draft, rows_of, stacked
+from lance_quant.awq.rounding import Draft, draft, stacked, unstacked
 from lance_quant.awq.score import OutputError
 from lance_quant.checkpoint.layout import SITES, Target
 
@@ -30,8 +31,9 @@ class Refinement:
     """A folded layer on its way to codes.
 
     source, folded: source key -> float32; columns: linear -> what folds multiplied its columns by [I], rows: its rows
-    [O]; splits: (path, site) -> captured inputs; block, taught: None and empty without kept sequences. clips: linear ->
-    mean shares of its ends that are kept; losses: ingredient -> of the whole layer on its kept sequences.
+    [O]; splits: (path, site) -> captured inputs; block, taught: None and empty without kept sequences. outputs: linear
+    -> what errors of its outputs count, absent where no gradient tells. clips: linear -> mean shares of its ends that
+    are kept; losses: ingredient -> of the whole layer on its kept sequences.
     """
 
     targets: list[Target]
@@ -44,6 +46,7 @@ class Refinement:
     splits: dict[tuple[str, str], Split]
     block: Block | None
     taught: list[Lesson]
+    outputs: dict[str, OutputMoments] = field(default_factory=dict)
     clips: dict[str, tuple[float, float]] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     known: dict[tuple[str, str], Tensor] = field(default_factory=dict)
@@ -123,10 +126,15 @@ def clipped(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:
     return made
 
 
-def closer(work: Refinement, target: Target, split: Split, was: Draft, trial: Draft) -> bool:
-    """Whether a linear's outputs on the rows that choices are made by are closer to the float ones."""
-    error = OutputError(work.weight(target), split.judge)
-    before, after = (error(work.unfolded(target, one.weight()) - work.weight(target)) for one in (was, trial))
+def closer(
+    work: Refinement, target: Target, split: Split, was: Draft, trial: Draft, outputs: OutputMoments | None = None
+) -> bool:
+    """Whether a linear's outputs on the rows that choices are made by are closer to the float ones. outputs: what they
+    count, alike where None."""
+    weighed = outputs.weighed if outputs else lambda weight: weight
+    error = OutputError(weighed(work.weight(target)), split.judge)
+    changes = (work.unfolded(target, one.weight()) - work.weight(target) for one in (was, trial))
+    before, after = (error(weighed(change)) for change in changes)
     return after < before
 
 
@@ -134,22 +142,38 @@ def compensated(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:
     """Linears of a site together; one whose outputs are no closer by it stays as it was."""
     made = dict(drafts)
     for split, linears in work.sites():
-        if linears[0].site == SITES[-1] and "residual" in work.recipe.rounding:
+        again = "residual" in work.recipe.rounding and linears[0].site in (*work.recipe.residual_sites, SITES[-1])
+        if again and linears[0].site == SITES[-1]:
             continue  # its turn comes when the others are done
-        together = settled(work, stacked([drafts[target.name] for target in linears]), work.moments(split, linears))
-        start = 0
-        for target in linears:
-            trial = rows_of(together, start, start + target.out_features)
-            start += target.out_features
-            if closer(work, target, split, drafts[target.name], trial):
+        outputs = {} if again else work.outputs  # which are worth their time where it is for good
+        trials = settled(
+            work, linears, [drafts[target.name] for target in linears], work.moments(split, linears), outputs
+        )
+        for target, trial in zip(linears, trials, strict=True):
+            if closer(work, target, split, drafts[target.name], trial, outputs.get(target.name)):
                 made[target.name] = trial
     return made
 
 
-def settled(work: Refinement, made: Draft, moments: Tensor) -> Draft:
-    """Compensated, then as far down as the recipe's passes go. made: rounded to nearest over its ranges."""
-    recipe = work.recipe
-    return descend(compensate(made, moments, recipe.damping), made.latent, moments, recipe.damping, recipe.descent)
+def settled(
+    work: Refinement, linears: list[Target], drafts: list[Draft], moments: Tensor, outputs: dict[str, OutputMoments]
+) -> list[Draft]:
+    """Linears of a site, rounded to nearest over their ranges: compensated, then as far down as the recipe's passes go;
+    all rows at a time, or in turn where it is known what their errors count."""
+    recipe, compensation = work.recipe, Compensation(moments, work.recipe.damping)
+
+    def settle(made: Draft) -> Draft:
+        return descend(compensation(made), made.latent, moments, recipe.damping, recipe.descent)
+
+    known = [outputs.get(target.name) for target in linears]
+    weighed = [place for place, one in enumerate(known) if one is not None]
+    alike = [place for place, one in enumerate(known) if one is None]
+    moments_of = [known[place].folded(work.rows[linears[place].name]) for place in weighed]
+    settled_ = dict(zip(weighed, in_turn([drafts[place] for place in weighed], moments_of, settle), strict=True))
+    if alike:
+        parts = [drafts[place] for place in alike]
+        settled_ |= zip(alike, unstacked(settle(stacked(parts)), [len(part.latent) for part in parts]), strict=True)
+    return [settled_[place] for place in range(len(linears))]
 
 
 def corrected(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:
@@ -162,7 +186,7 @@ def corrected(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:
 
 def corrected_at(work: Refinement, drafts: dict[str, Draft], site: str) -> dict[str, Draft]:
     """The linears of a site rounded anew, compensated, from weights that make up for what is missing there; each one
-    taken where less is missing by it. Where no kept sequence comes by they are compensated alone.
+    taken where less is missing by it. Where nothing was found missing they are compensated alone.
     """
     made, parts = {}, {}
     if site in work.recipe.residual_sites:
@@ -173,7 +197,7 @@ def corrected_at(work: Refinement, drafts: dict[str, Draft], site: str) -> dict[
             continue
         part = parts.pop(linears[0].path, None)
         found = make_up(part) if part else None
-        if found is None and site != SITES[-1]:
+        if found is None and site != SITES[-1] and not work.outputs:
             continue
         moments, trials, clips = read_moments(work, split, linears, part, found), [], {}
         for target in linears:
@@ -182,10 +206,8 @@ def corrected_at(work: Refinement, drafts: dict[str, Draft], site: str) -> dict[
             if work.recipe.clip != "none":
                 trial, *clips[target.name] = CLIPS[work.recipe.clip](trial, moments, work.recipe)
             trials.append(trial)
-        together, start = settled(work, stacked(trials), moments), 0
-        for target in linears:
-            trial = rows_of(together, start, start + target.out_features)
-            start += target.out_features
+        settled_ = settled(work, linears, trials, moments, work.outputs)
+        for target, trial in zip(linears, settled_, strict=True):
             if less_missing(work, target, split, None if found is None else part, drafts[target.name], trial):
                 made[target.name] = trial
                 if target.name in clips:
@@ -217,13 +239,14 @@ def less_missing(
     work: Refinement, target: Target, split: Split, part: Missing | None, was: Draft, trial: Draft
 ) -> bool:
     """Whether a linear is better off by a trial; part: None where nothing was found that it could make up for."""
+    outputs = work.outputs.get(target.name)
     if part is None:
-        return closer(work, target, split, was, trial)
+        return closer(work, target, split, was, trial, outputs)
     folded = work.folded[f"{target.name}.weight"]
     changes = (one.weight() - folded for one in (was, trial))
     if not part.adds:
         changes = (work.unfolded(target, change) for change in changes)
-    before, after = (part.error(work.weight(target), change) for change in changes)
+    before, after = (part.error(work.weight(target), change, outputs) for change in changes)
     return after < before
 
 

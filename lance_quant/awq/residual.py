@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lance_quant.awq.block import Block
 from lance_quant.awq.lessons import Lesson
+from lance_quant.awq.outputs import OutputMoments
 from lance_quant.checkpoint.layout import NORMS, PATHS, norm_name
 from lance_quant.model.decoder import rms_norm
 
@@ -45,14 +46,15 @@ class Missing:
         """Of a linear's weight [O, I], for what `make_up` has found."""
         return found.change if self.adds else weight @ found.change
 
-    def error(self, weight: Tensor, change: Tensor) -> float:
+    def error(self, weight: Tensor, change: Tensor, outputs: OutputMoments | None = None) -> float:
         """What is still missing from the outputs where a linear's weight [O, I] changes by `change`, over all tokens.
 
-        Both as they act on `inputs`.
+        Both as they act on `inputs`; outputs: what they count, alike where None.
         """
-        total = 0.0
+        weighed = outputs.weighed if outputs else lambda x: x
+        weight, change, total = weighed(weight), weighed(change), 0.0
         for inputs, missing in zip(self.inputs.split(ROWS), self.missing.split(ROWS), strict=True):
-            total += _squared((missing if self.adds else missing @ weight.T) - inputs @ change.T)
+            total += _squared((weighed(missing.T).T if self.adds else missing @ weight.T) - inputs @ change.T)
         return total
 
 

@@ -4,6 +4,7 @@ codes = clamp(round(latent / step + zero + offset)), weight = (codes - zero) * s
 latent weight as it is; error compensation moves it; learning moves offset, step and zero.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,6 +54,12 @@ def rows_of(made: Draft, start: int, end: int) -> Draft:
     offset = None if made.offset is None else made.offset[start:end]
     parts = (part[start:end] for part in (made.latent, made.step, made.zero, made.constant))
     return Draft(*parts, made.grid, offset)
+
+
+def unstacked(made: Draft, counts: Sequence[int]) -> list[Draft]:
+    """The other way: so many output rows each."""
+    starts = [sum(counts[:place]) for place in range(len(counts))]
+    return [rows_of(made, start, start + count) for start, count in zip(starts, counts, strict=True)]
 
 
 def stacked(drafts: list[Draft]) -> Draft:

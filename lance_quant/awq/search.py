@@ -34,15 +34,16 @@ from lance_quant.awq.artifact import (
 from lance_quant.awq.block import Block, ReadRows, SiteInputs
 from lance_quant.awq.config import RecipeConfig
 from lance_quant.awq.grid import Grid, grid_of, quantize
-from lance_quant.awq.lessons import Lesson, lessons
+from lance_quant.awq.lessons import Lesson, lessons, weighed_lessons
 from lance_quant.awq.limits import check_bits, check_group_size, fallback_group
 from lance_quant.awq.moments import Split, split_rows
+from lance_quant.awq.outputs import OutputMoments, gradient_moments
 from lance_quant.awq.refine import Refinement, Stage, refine
 from lance_quant.awq.rounding import draft
 from lance_quant.awq.score import SCORES, TINY, Evidence, OutputError, evidence, mean_activation
-from lance_quant.awq.sequences import KeptSequence, read_sequences
 from lance_quant.awq.topology import ResolvedFold, apply, resolve
 from lance_quant.calibration.activations import SiteActivations, read_layer
+from lance_quant.calibration.sequences import KeptSequence, read_gradients, read_sequences
 from lance_quant.checkpoint.layout import (
     NORMS,
     PATHS,
@@ -86,22 +87,24 @@ Sites = dict[tuple[str, str], SiteActivations]  # (path, site) -> what it saw
 
 @dataclass(frozen=True)
 class Capture:
-    """What lies on disk of a layer's inputs, on the CPU."""
+    """What lies on disk of a layer's inputs, on the CPU, and of gradients at its outputs (`read_gradients`)."""
 
     sites: Sites
     sequences: list[KeptSequence] = field(default_factory=list)
+    gradients: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Inputs:
     """What is known of a layer's inputs: evidence that choices are made by, rows that rounding makes up for, and its
-    kept sequences with what should come out of them.
+    kept sequences with what should come out of them; outputs: linear -> what errors of its outputs count.
     """
 
     judged: Evidence = field(default_factory=Evidence)
     splits: dict[tuple[str, str], Split] = field(default_factory=dict)
     block: Block | None = None
     taught: list[Lesson] = field(default_factory=list)
+    outputs: dict[str, OutputMoments] = field(default_factory=dict)
 
     @classmethod
     def of(cls, known: Evidence) -> "Inputs":
@@ -227,6 +230,7 @@ def refinement(
         splits=inputs.splits,
         block=inputs.block,
         taught=inputs.taught,
+        outputs=inputs.outputs,
     )
 
 
@@ -318,16 +322,26 @@ def read_capture(job: LayerJob) -> Capture:
         raise LanceQuantError(
             f"recipe {job.recipe.name} runs kept sequences and the capture has none: set calibration.sequences=2"
         )
-    return Capture(sites, sequences.result())
+    gradients = read_gradients(job.capture, job.layer) if job.recipe.gradients else {}
+    if job.recipe.gradients and not gradients:
+        raise LanceQuantError(
+            f"recipe {job.recipe.name} weighs errors by gradients and the capture has none: set "
+            "calibration.gradient_tokens=32000, or recipe.gradients=false"
+        )
+    return Capture(sites, sequences.result(), gradients)
 
 
 def inputs_of(job: LayerJob, capture: Capture, tensors: dict[str, Tensor], device: str) -> Inputs:
     """What was captured on the device, and what the layer makes of its kept sequences."""
     recipe, sites = job.recipe, capture.sites
-    block, taught, computed = None, [], {}
+    block, taught, computed, outputs = None, [], {}, {}
     if recipe.needs_sequences:
         block = Block(job.checkpoint.config, job.layer, capture.sequences, device)
         counts = {(task, key[0]): weight for key, site in sites.items() for task, weight in site.weights.items()}
+        if capture.gradients:
+            moments = gradient_moments(block, tensors, capture.gradients, counts)
+            outputs = {name: OutputMoments.of(one, recipe.gradient_damping) for name, one in moments.items()}
+            outputs = {name: one for name, one in outputs.items() if one is not None}
         if recipe.sequential and job.layer:
             taught = lessons(block, tensors, counts)
             block.enter(read_prefix(job))
@@ -336,10 +350,14 @@ def inputs_of(job: LayerJob, capture: Capture, tensors: dict[str, Tensor], devic
         else:
             traced, computed = block.read(tensors)
             taught = lessons(block, tensors, counts, traced)
+        if capture.gradients:
+            taught = weighed_lessons(taught, capture.gradients, recipe.gradient_share)
     if recipe.evidence == ["rows"]:
         computed.clear()
-        return gather(job, sites, block, taught, device)
-    return gather(job, with_computed(sites, computed, recipe, device), block, taught, device)
+        known = gather(job, sites, device)
+    else:
+        known = gather(job, with_computed(sites, computed, recipe, device), device)
+    return replace(known, block=block, taught=taught, outputs=outputs)
 
 
 def with_computed(sites: Sites, computed: SiteInputs, recipe: RecipeConfig, device: str) -> Sites:
@@ -356,7 +374,8 @@ def with_computed(sites: Sites, computed: SiteInputs, recipe: RecipeConfig, devi
     return whole
 
 
-def gather(job: LayerJob, sites: Sites, block: Block | None, taught: list[Lesson], device: str) -> Inputs:
+def gather(job: LayerJob, sites: Sites, device: str) -> Inputs:
+    """The evidence and the rows."""
     targets = layer_targets(job.checkpoint.config, job.layer)
     known = evidence(sites, targets, by_token=job.recipe.scoring == "synthetic", device=device)
     del sites
@@ -364,7 +383,7 @@ def gather(job: LayerJob, sites: Sites, block: Block | None, taught: list[Lesson
     for key in list(known.rows):  # a site's rows are copied where some are held out: not all of them at a time
         splits[key] = split_rows(known.rows.pop(key), job.recipe.heldout)
     judged = Evidence(known.mean_abs, {key: split.judge for key, split in splits.items()})
-    return Inputs(judged, splits, block, taught)
+    return Inputs(judged, splits)
 
 
 def read_prefix(job: LayerJob) -> dict[int, Tensor]:

@@ -3,11 +3,14 @@
     statistics/path=und/layer=3/part.parquet   task, site, channel, mean_abs, mean_sq, max_abs (float32)
     coverage.parquet                           task, path, layer, site, tokens, weight (what the task counts)
     rows/path=und/layer=3/part.parquet         task, site, sample, timestep (NaN: none), row (list of uint16)
-    sequences.parquet                          sequence, sample, task, timestep, token, t, h, w, split, mode, expert
+    sequences.parquet                          sequence, sample, task, timestep, token, t, h, w, split, mode, expert,
+                                               output
     hidden/layer=3/part.parquet                sequence, token, state (list of uint16)
+    gradients/layer=3/part.parquet             the same of some sequences, `gradients.py`
 
 A row or state is bfloat16 bit patterns: `numpy.uint32(row) << 16` viewed as float32 gives the values back (float16
-would overflow). Sites are the inputs that linears share: qkv, o, gate_up, down.
+would overflow). Sites are the inputs that linears share: qkv, o, gate_up, down. output: what is asked of a token,
+"velocity", "logits" or "".
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,6 +28,7 @@ from lance_quant.errors import LanceQuantError
 STATISTICS = ("mean_abs", "mean_sq", "max_abs")
 BITS = ("row", "state")  # columns of bfloat16 bit patterns
 READ_ROWS = 512  # at a time
+HIDDEN, GRADIENTS = "hidden", "gradients"  # kinds of states
 
 STATISTICS_SCHEMA = pa.schema(
     [("task", pa.string()), ("site", pa.string()), ("channel", pa.int32())]
@@ -39,7 +43,7 @@ ROWS_SCHEMA = pa.schema(
         ("row", pa.list_(pa.uint16())),
     ]
 )
-HIDDEN_SCHEMA = pa.schema([("sequence", pa.int32()), ("token", pa.int32()), ("state", pa.list_(pa.uint16()))])
+STATES_SCHEMA = pa.schema([("sequence", pa.int32()), ("token", pa.int32()), ("state", pa.list_(pa.uint16()))])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,29 @@ class SiteActivations:
 
 def layer_file(folder: Path, kind: str, path: str, layer: int) -> Path:
     return Path(folder) / kind / f"path={path}" / f"layer={layer}" / "part.parquet"
+
+
+def states_file(folder: Path, kind: str, layer: int) -> Path:
+    """kind: HIDDEN, what enters a layer, or GRADIENTS, at what it puts out."""
+    return Path(folder) / kind / f"layer={layer}" / "part.parquet"
+
+
+def table_writer(file: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    encoded = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in BITS if name in schema.names}
+    return pq.ParquetWriter(
+        file, schema, compression="zstd", compression_level=1, use_dictionary=["task", "site"], column_encoding=encoded
+    )
+
+
+def write_states(writer: pq.ParquetWriter, sequence: int, states: torch.Tensor) -> None:
+    """bfloat16 [n, H] of a kept sequence, on the CPU."""
+    columns = {
+        "sequence": np.full(len(states), sequence, dtype=np.int32),
+        "token": np.arange(len(states), dtype=np.int32),
+        "state": bit_patterns(states),
+    }
+    writer.write_table(pa.table(columns).cast(STATES_SCHEMA))
 
 
 def bit_patterns(rows: torch.Tensor) -> pa.Array:

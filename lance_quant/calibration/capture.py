@@ -3,9 +3,11 @@
 1. prepare  every sample becomes a job: the VAE encodes, then the vision tower looks, each loaded for that alone
 2. plan     from token counts: what each forward weighs, which rows are kept, which jobs go together
 3. pass     embed the jobs of a pass, stream the layers over them, write each layer at once
+4. back     what kept sequences' states do to what the model puts out, from the last layer to the first (`gradients.py`)
 
 The whole model is never there. Device memory holds two layers, the hidden states of a pass and the working memory of
 its largest forward; `calibration.memory_gb` bounds it (an 8 GB card: 7.5), and the bytes written do not depend on it.
+The way back needs two layers in float32 and one sequence, whatever is allowed.
 """
 
 import gc
@@ -23,10 +25,12 @@ import torch
 
 from lance_quant.calibration.config import TEXT, CalibrationConfig, calibrated_tasks
 from lance_quant.calibration.forwards import Embedding, Piece, cache_for, move_on, positions_of, run_layer
+from lance_quant.calibration.gradients import write_gradients
 from lance_quant.calibration.jobs import Job, Preparation, text_job
 from lance_quant.calibration.plan import KeptSequence, Pass, Plan, kept_sequences, make_passes, make_plan
 from lance_quant.calibration.recorder import Recorder
 from lance_quant.calibration.samples import calibration_requests, most_samples, text_pieces
+from lance_quant.calibration.sequences import LOGITS, SEQUENCES_FILE, VELOCITY
 from lance_quant.calibration.streaming import (
     DTYPE,
     bare_decoder,
@@ -40,6 +44,7 @@ from lance_quant.model.config import LanceConfig
 from lance_quant.model.lance import Lance
 from lance_quant.model.prompts import load_tokenizer
 from lance_quant.model.request import GENERATION
+from lance_quant.model.sequence import Sample
 from lance_quant.model.vae import load_vae
 from lance_quant.progress import Progress
 
@@ -52,7 +57,7 @@ class CaptureSummary:
     """tokens: task -> path -> tokens that each linear of the path saw; rows: path -> kept per site.
 
     forwards: decoder calls that were recorded; passes: times that the weights were read; sequences: task -> how many
-    are kept whole.
+    are kept whole; gradients: of how many of them gradients are kept.
     """
 
     samples: int
@@ -61,18 +66,36 @@ class CaptureSummary:
     forwards: int
     passes: int
     sequences: dict[str, int]
-    bytes: int
-    seconds: float
+    gradients: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
 
 
-@torch.inference_mode()
 def capture(
     checkpoint: Checkpoint, cfg: CalibrationConfig, out: Path, device: str, progress: Progress | None = None
 ) -> CaptureSummary:
     """Write the capture artifact (schema: `activations.py`) into `out`."""
-    started = time.monotonic()
-    out, config = Path(out), checkpoint.config
+    started, out = time.monotonic(), Path(out)
     tell = progress or (lambda done, total, what: None)
+    summary = run_samples(checkpoint, cfg, out, device, tell)
+    let_go(device)
+    kept = []
+    if cfg.gradient_tokens and any(summary.sequences.values()):
+        kept = write_gradients(checkpoint, out, cfg.gradient_tokens, cfg.seed, device, tell)
+    return replace(
+        summary,
+        gradients=len(kept),
+        bytes=sum(file.stat().st_size for file in out.rglob("*.parquet")),
+        seconds=round(time.monotonic() - started, 2),
+    )
+
+
+@torch.inference_mode()
+def run_samples(
+    checkpoint: Checkpoint, cfg: CalibrationConfig, out: Path, device: str, tell: Progress
+) -> CaptureSummary:
+    """All of it but the gradients."""
+    config = checkpoint.config
     tasks = calibrated_tasks(cfg, checkpoint.layout)
     jobs = prepare_jobs(checkpoint, cfg, device, tell)
     let_go(device)
@@ -95,8 +118,6 @@ def capture(
         forwards=len(plan.forwards),
         passes=len(passes),
         sequences={task: sum(jobs[one.job].sample.task == task for one in kept) for task in tasks},
-        bytes=sum(file.stat().st_size for file in out.rglob("*.parquet")),
-        seconds=round(time.monotonic() - started, 2),
     )
 
 
@@ -233,7 +254,20 @@ def write_sequences(
                 "split": split.astype(np.int32),
                 "mode": np.array([sample.split_modes[index] for index in split], dtype=object),
                 "expert": np.where(sample.latent_mask()[:end].numpy(), "gen", "und").astype(object),
+                "output": outputs_of(sample, split),
             }
         )
     columns = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
-    pq.write_table(pa.table(columns), out / "sequences.parquet")
+    pq.write_table(pa.table(columns), out / SEQUENCES_FILE)
+
+
+def outputs_of(sample: Sample, split: np.ndarray) -> np.ndarray:
+    """What is asked of each token: the velocity of what is denoised, or else the logits of the last split."""
+    asked = np.full(len(split), "", dtype=object)
+    moving = sample.mse_indexes.numpy()
+    moving = moving[moving < len(split)]
+    if len(moving):
+        asked[moving] = VELOCITY
+    else:
+        asked[split == split[-1]] = LOGITS
+    return asked

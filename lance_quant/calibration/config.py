@@ -26,7 +26,8 @@ class CalibrationConfig:
 
     balance: "tasks" (tasks count as in `weights`, 1 where unnamed; the forwards of a task alike) or "tokens" (every
     token alike). rows_per_site: rows kept of a site over all tasks (1024 rows of the published model are 2.5 GB).
-    sequences: whole sequences per task whose hidden states are kept, sequence_tokens: of all of them together at most.
+    sequences: whole sequences per task whose hidden states are kept, sequence_tokens: of all of them together at most;
+    gradient_tokens: of about how many of them gradients are kept too, spread over the tasks; 0: none.
     min_tokens: what a linear must see to count as covered. memory_gb: device memory to stay within, 0 for what is free;
     the result does not depend on it.
     """
@@ -46,6 +47,7 @@ class CalibrationConfig:
     rows_per_site: int = 1024
     sequences: int = 2
     sequence_tokens: int = 10000
+    gradient_tokens: int = 32000
     min_tokens: int = 256
     memory_gb: float = 0.0
     seed: int = 0
@@ -74,7 +76,7 @@ class CalibrationConfig:
         if not 0 <= self.unconditional <= 1:
             raise LanceQuantError(f"calibration.unconditional={self.unconditional} must lie between 0 and 1")
         least = {"samples": 1, "timesteps": 1, "sampler_steps": 1, "text_tokens": 2, "rows_per_site": 1}
-        least |= {"sequences": 0, "sequence_tokens": 0, "min_tokens": 0, "memory_gb": 0}
+        least |= {"sequences": 0, "sequence_tokens": 0, "gradient_tokens": 0, "min_tokens": 0, "memory_gb": 0}
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise LanceQuantError(f"calibration.{name}={getattr(self, name)} must be at least {value}")

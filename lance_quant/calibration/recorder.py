@@ -22,12 +22,15 @@ import pyarrow.parquet as pq
 import torch
 
 from lance_quant.calibration.activations import (
-    BITS,
-    HIDDEN_SCHEMA,
+    HIDDEN,
     ROWS_SCHEMA,
+    STATES_SCHEMA,
     STATISTICS_SCHEMA,
     bit_patterns,
     layer_file,
+    states_file,
+    table_writer,
+    write_states,
 )
 from lance_quant.calibration.plan import KeptSequence, Plan
 from lance_quant.checkpoint.layout import PATHS, SITES, layer_prefix, layer_targets
@@ -214,7 +217,7 @@ class Recorder:
         return whole
 
     def _write_statistics(self, index: int, path: str, sums: Sums) -> None:
-        with _writer(layer_file(self.out, "statistics", path, index), STATISTICS_SCHEMA) as writer:
+        with table_writer(layer_file(self.out, "statistics", path, index), STATISTICS_SCHEMA) as writer:
             for site in SITES:
                 for task in self.plan.tokens:
                     found = sums.get((task, path, site))
@@ -234,7 +237,7 @@ class Recorder:
     def _write_rows(self, index: int, path: str, rows: Rows) -> None:
         """A row group a site and task, so that readers take what they need."""
         tasks = self.plan.row_tasks[path]
-        with _writer(layer_file(self.out, "rows", path, index), ROWS_SCHEMA) as writer:
+        with table_writer(layer_file(self.out, "rows", path, index), ROWS_SCHEMA) as writer:
             for site in SITES:
                 whole = self._whole(index, path, site, rows)
                 for task in dict.fromkeys(tasks):
@@ -250,24 +253,9 @@ class Recorder:
                     writer.write_table(pa.table(columns).cast(ROWS_SCHEMA))
 
     def _write_hidden(self, index: int, states: dict[int, torch.Tensor]) -> None:
-        file = self.out / "hidden" / f"layer={index}" / "part.parquet"
-        with _writer(file, HIDDEN_SCHEMA) as writer:
+        with table_writer(states_file(self.out, HIDDEN, index), STATES_SCHEMA) as writer:
             for number, sequence in enumerate(self.sequences):
-                state = torch.cat([states[place] for place in sequence.places])
-                columns = {
-                    "sequence": np.full(len(state), number, dtype=np.int32),
-                    "token": np.arange(len(state), dtype=np.int32),
-                    "state": bit_patterns(state),
-                }
-                writer.write_table(pa.table(columns).cast(HIDDEN_SCHEMA))
-
-
-def _writer(file: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    encoded = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in BITS if name in schema.names}
-    return pq.ParquetWriter(
-        file, schema, compression="zstd", compression_level=1, use_dictionary=["task", "site"], column_encoding=encoded
-    )
+                write_states(writer, number, torch.cat([states[place] for place in sequence.places]))
 
 
 def _load(file: Path) -> torch.Tensor:

@@ -20,6 +20,7 @@ from lance_quant.model.lance import Lance, build_lance, complete
 
 DTYPE = torch.bfloat16
 NORMS = ("language_model.model.norm.", "language_model.model.norm_moe_gen.")  # where `Lance` looks for its device
+HEADS = (*NORMS, "language_model.lm_head.", "llm2vae.")
 ADAPTERS = (*NORMS, "language_model.model.embed_tokens.", "time_embedder.", "vae2llm.", "llm2vae.")
 
 
@@ -30,6 +31,13 @@ def load_adapters(checkpoint: Checkpoint, device: str) -> Lance:
     return lance
 
 
+def load_heads(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> Lance:
+    """A Lance whose final norms and what reads them are filled, and nothing else."""
+    lance = build_lance(checkpoint, dtype)
+    _fill_parts(lance, checkpoint, HEADS, device, dtype)
+    return lance
+
+
 def load_eyes(checkpoint: Checkpoint, device: str) -> Lance:
     """A Lance whose vision tower is filled, and hardly anything else."""
     lance = build_lance(checkpoint, DTYPE)
@@ -37,9 +45,11 @@ def load_eyes(checkpoint: Checkpoint, device: str) -> Lance:
     return complete(lance, checkpoint, device, DTYPE)
 
 
-def _fill_parts(lance: Lance, checkpoint: Checkpoint, prefixes: tuple[str, ...], device: str) -> None:
+def _fill_parts(
+    lance: Lance, checkpoint: Checkpoint, prefixes: tuple[str, ...], device: str, dtype: torch.dtype = DTYPE
+) -> None:
     parts = {
-        name: torch.empty(parameter.shape, device=device, dtype=DTYPE)
+        name: torch.empty(parameter.shape, device=device, dtype=dtype)
         for name, parameter in lance.named_parameters()
         if name.startswith(prefixes)
     }
@@ -60,14 +70,17 @@ def bare_decoder(config: LanceConfig) -> Decoder:
         return Decoder(replace(config, num_hidden_layers=0))
 
 
-def stream_layers(checkpoint: Checkpoint, device: str) -> Iterator[tuple[int, Layer]]:
-    """(index, layer) in order, bfloat16 on the device; each stands at place 0 of its own cache.
+def stream_layers(
+    checkpoint: Checkpoint, device: str, dtype: torch.dtype = DTYPE, backwards: bool = False
+) -> Iterator[tuple[int, Layer]]:
+    """(index, layer) in order, or the last one first, on the device; each stands at place 0 of its own cache.
 
     Two layers take turns: while one works the other is filled, over a stream of its own so that neither waits for the
     other. A layer is good until the next one is asked for.
     """
     count = checkpoint.config.num_hidden_layers
-    pair = [_empty_layer(checkpoint.config, device) for _ in range(min(2, count))]
+    order = range(count)[::-1] if backwards else range(count)
+    pair = [_empty_layer(checkpoint.config, device, dtype) for _ in range(min(2, count))]
     side = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
     with (
         TensorReader(checkpoint.model_file) as reader,
@@ -90,17 +103,17 @@ def stream_layers(checkpoint: Checkpoint, device: str) -> Iterator[tuple[int, La
                 torch.cuda.synchronize(device)
             return ahead.submit(read, index)
 
-        following = start(0)
-        for index in range(count):
+        following = start(order[0])
+        for place, index in enumerate(order):
             layer = following.result()
-            if index + 1 < count:
-                following = start(index + 1)
+            if place + 1 < count:
+                following = start(order[place + 1])
             yield index, layer
 
 
-def _empty_layer(config: LanceConfig, device: str) -> Layer:
+def _empty_layer(config: LanceConfig, device: str, dtype: torch.dtype) -> Layer:
     with torch.device("meta"):
         layer = Layer(config, 0)
     for name, parameter in list(layer.named_parameters()):
-        set_parameter(layer, name, torch.empty(parameter.shape, device=device, dtype=DTYPE))
+        set_parameter(layer, name, torch.empty(parameter.shape, device=device, dtype=dtype))
     return layer.eval()

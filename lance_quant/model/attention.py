@@ -8,9 +8,11 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lance_quant.model.positions import causal_mask
 
+PART = 512  # queries whose scores are there at once
 Span = tuple[int, int, str]  # first token, end, mode: causal | full | full_noise | noise
 
 
@@ -21,7 +23,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Sequence[Sp
     seen by all.
     """
     if spans is None:
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return _fused(q, k, v)
     context = k.shape[2] - q.shape[2]
     out, hidden = [], []  # hidden: noise splits that have passed, which what follows does not see
     for start, end, mode in spans:
@@ -40,12 +42,41 @@ def _without(keys: torch.Tensor, hidden: Sequence[tuple[int, int]], end: int) ->
     return torch.cat([keys[:, :, a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)], dim=2)
 
 
+def _in_parts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Plain products, PART queries after others, of which nothing is kept: they are done again on the way back."""
+    masks = [None] * -(-q.shape[2] // PART) if mask is None else mask.split(PART)
+    parts = zip(q.split(PART, dim=2), masks, strict=True)
+    return torch.cat(
+        [checkpoint(_plain, part, k, v, seen, use_reentrant=False, preserve_rng_state=False) for part, seen in parts],
+        dim=2,
+    )
+
+
+def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    grouped = q.unflatten(1, (k.shape[1], -1))
+    scores = grouped @ k[:, :, None].mT * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1) @ v[:, :, None]).flatten(1, 2)
+
+
 def _one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
     queries, keys = q.shape[2], k.shape[2]
     if not causal or queries == 1:
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return _fused(q, k, v)
     if queries == keys:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    # causal from the end: no fused kernel takes a mask and grouped heads together
-    k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(queries, keys - queries, q.device))
+        return _fused(q, k, v, causal=True)
+    return _fused(q, k, v, mask=causal_mask(queries, keys - queries, q.device))  # causal from the end
+
+
+def _fused(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """By a kernel that never holds all scores: none takes grouped heads with a mask, nor on a GPU in float32. Their way
+    back adds in no fixed order on a GPU; where one was asked for, in parts."""
+    if q.requires_grad and torch.are_deterministic_algorithms_enabled():
+        return _in_parts(q, k, v, causal_mask(q.shape[2], k.shape[2] - q.shape[2], q.device) if causal else mask)
+    grouped = mask is None and not (q.is_cuda and q.dtype == torch.float32)
+    if not grouped:
+        k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)

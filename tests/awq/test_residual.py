@@ -171,7 +171,7 @@ def test_linears_are_compensated_by_what_they_really_read(site, tmp_path, monkey
     work = folded_work(block, taught, tmp_path)
     drafts = {t.name: draft(work.folded[f"{t.name}.weight"], Grid(bits=4, group_size=16)) for t in work.targets}
     used = []
-    monkeypatch.setattr(refine, "settled", lambda work, made, moments: used.append(moments) or made)
+    monkeypatch.setattr(refine, "settled", lambda work, linears, made, moments, _: used.append(moments) or made)
     refine.corrected_at(work, drafts, site)
     before = {t.name: drafts[t.name] for t in work.targets if SITES.index(t.site) < SITES.index(site)}
     tensors = work.stored() | weights_of(before)

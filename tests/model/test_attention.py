@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import lance_quant.model.attention as attention
 from lance_quant.model.attention import attend
 from lance_quant.model.positions import block_mask
 
@@ -38,3 +39,36 @@ def test_without_spans_every_token_sees_everything():
     generator = torch.Generator().manual_seed(2)
     q, k, v = (torch.randn(1, 2, 5, 8, generator=generator) for _ in range(3))
     torch.testing.assert_close(attend(q, k, v, None), attend(q, k, v, [(0, 5, "full")]))
+
+
+@pytest.fixture
+def repeatable():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(("lengths", "modes"), CASES)
+@pytest.mark.parametrize("context", [0, 3])
+def test_a_way_back_of_fixed_order_gives_the_same(lengths, modes, context, monkeypatch, repeatable):
+    """Two queries at a time: values and gradients."""
+    monkeypatch.setattr(attention, "PART", 2)
+    generator = torch.Generator().manual_seed(3)
+    n = sum(lengths)
+    q = torch.randn(2, 6, n, 8, generator=generator, requires_grad=True)
+    k, v = (torch.randn(2, 2, context + n, 8, generator=generator, requires_grad=True) for _ in range(2))
+    pull = torch.randn(2, 6, n, 8, generator=generator)
+    calls = []
+    real = attention._plain
+    monkeypatch.setattr(attention, "_plain", lambda *parts: calls.append(parts) or real(*parts))
+    mask = torch.cat((torch.ones(n, context, dtype=torch.bool), block_mask(lengths, modes)), dim=1)
+    wide = (part.repeat_interleave(3, dim=1) for part in (k, v))
+    expected = F.scaled_dot_product_attention(q, *wide, attn_mask=mask)
+    found = attend(q, k, v, spans_of(lengths, modes))
+    assert len(calls) == sum(-(-length // 2) for length in lengths)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for one, other in zip(*(torch.autograd.grad(out, (q, k, v), pull) for out in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    calls.clear()
+    attend(q.detach(), k, v, spans_of(lengths, modes))
+    assert not calls
