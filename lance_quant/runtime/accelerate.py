@@ -42,14 +42,16 @@ def check_choice(choice: str) -> None:
 
 
 class Fast:
-    """The `FastPath` of one model. Decoding steps are kept per number of answers and capacity."""
+    """The `FastPath` of one model. Decoding steps are kept per number of answers and capacity; of drawings, what sizes
+    there were."""
 
     def __init__(self, lance: Lance, graphs: bool = True):
         self.lance, self.graphs = weakref.proxy(lance), graphs  # the model owns this, and is freed without it
         self.decodings: dict[tuple[int, int], Decoding] = {}
+        self.drawn: set[tuple] = set()
 
     def denoising(self, flow: CachedFlow) -> RecordedFlow:
-        return RecordedFlow(flow, self.graphs)
+        return RecordedFlow(flow, self.graphs, self.drawn)
 
     def decoding(self, context: torch.Tensor, positions: torch.Tensor, sample: Sample, extra: int) -> Tokens:
         decoding = self.room(1, context.shape[1] + extra + 1)

@@ -4,7 +4,9 @@ It takes over the weights of a plain decoder layer by layer, nn.Linear or Int4Li
 plain one serves; `step` is the decoding of one more token over a `StaticCache`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -228,6 +230,19 @@ def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
+_pause: ContextVar[tuple[int, Callable[[], None]] | None] = ContextVar("pause", default=None)  # of a thread
+
+
+@contextmanager
+def pausing(layers: int | None, pause: Callable[[], None]) -> Iterator[None]:
+    """Call `pause` after every so many layers of what this thread runs within; None: never."""
+    kept = _pause.set(None if layers is None else (layers, pause))
+    try:
+        yield
+    finally:
+        _pause.reset(kept)
+
+
 class FusedDecoder(Decoder):
     """Takes the place of `decoder` in a model, and its weights: its layers are gone afterwards."""
 
@@ -270,7 +285,10 @@ class FusedDecoder(Decoder):
         beside = None if x.gen is None else call.beside
         if beside is not None:
             beside.fork()
-        for layer in self.layers:
+        every, pause = (None if beside is not None else _pause.get()) or (len(self.layers), None)
+        for index, layer in enumerate(self.layers):
+            if index and index % every == 0:
+                pause()
             x, added = layer(x, added, call)
         if beside is not None:
             beside.join()

@@ -1,7 +1,7 @@
-"""`Recorded`: a call over fixed tensors, a CUDA graph from its second run on; `Decoding` and `RecordedFlow` use it.
+"""`Recorded`: a call over fixed tensors, CUDA graphs from its second run on; `Decoding` and `RecordedFlow` use it.
 
 A decoding step embeds its token, runs the layers, chooses the next token and counts lengths and positions on, all on
-the device, so that the host only starts it. A denoising step is one graph per number of branches.
+the device, so that the host only starts it: one graph. A denoising step has its graphs for each number of branches.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,43 +14,66 @@ from lance_quant.model.lance import Lance
 from lance_quant.model.routing import Routing
 from lance_quant.model.sampler import TOGETHER_ROWS, CachedFlow, Velocities
 from lance_quant.runtime.attention import StaticCache
+from lance_quant.runtime.fused import pausing
 
 LEAST_CAPACITY = 512
+LAYERS = 6  # of a denoising step in a graph: what the GPU does in 9 ms, and the host records in 8
 
 
 class Recorded:
     """Runs a work that reads and writes the same tensors every time. On a GPU the first run is a plain one, which
     compiles what is to be compiled, and the second is recorded; `out` is what the last run returned.
 
+    compiled: all of it is, since the like was run before, so that the first run is recorded. layers: of a decoder in a
+    graph, None: all. Each graph is started as soon as it is recorded, so that the GPU works while the host records the
+    next; nor does recording wait for what was started before.
+
     It does not keep the work: with it, it would keep whoever owns both, and the weights, from being freed.
     """
 
-    def __init__(self, device: torch.device, graphs: bool = True):
-        self.device, self.graphs = device, graphs and device.type == "cuda"
-        self.runs, self.graph, self.out = 0, None, None
+    def __init__(self, device: torch.device, graphs: bool = True, layers: int | None = None, compiled: bool = False):
+        self.device, self.records, self.layers = device, graphs and device.type == "cuda", layers
+        self.compiled = compiled
+        self.runs, self.graphs, self.out = 0, [], None
 
     def __call__(self, work: Callable[[], object]):
-        if self.graphs and self.runs == 1:
-            self._record(work)
-        if self.graph is None:
-            self.out = work()
+        if self.graphs:
+            for graph in self.graphs:
+                graph.replay()
+        elif self.records and self.compiled:
+            self.graphs = self._record(work)
         else:
-            self.graph.replay()
+            self.out = work()
+            self.compiled = True
         self.runs += 1
         return self.out
 
-    def _record(self, work: Callable[[], object]) -> None:
-        graph, stream = torch.cuda.CUDAGraph(), _recording(self.device)
-        torch.cuda.synchronize(self.device)
+    def _record(self, work: Callable[[], object]) -> list[torch.cuda.CUDAGraph]:
+        """And run it."""
+        stream, graphs = _recording(self.device), []
+
+        def begin() -> None:
+            pool = graphs[0].pool() if graphs else None  # in order, they may use each other's memory
+            graphs.append(torch.cuda.CUDAGraph())
+            # other threads may use their GPU meanwhile
+            graphs[-1].capture_begin(pool=pool, capture_error_mode="thread_local")
+
+        def go_on() -> None:
+            graphs[-1].capture_end()
+            graphs[-1].replay()
+            begin()
+
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            graph.capture_begin(capture_error_mode="thread_local")  # other threads may use their GPU meanwhile
+            begin()
             try:
-                self.out = work()
+                with pausing(self.layers, go_on):
+                    self.out = work()
             finally:
-                graph.capture_end()
+                graphs[-1].capture_end()
+            graphs[-1].replay()
         torch.cuda.current_stream(self.device).wait_stream(stream)
-        self.graph = graph
+        return graphs
 
 
 @cache
@@ -144,10 +167,14 @@ class Tokens:
 
 
 class RecordedFlow:
-    """A `CachedFlow` whose steps are graphs: same velocities. Steps too long to share a batch run as they are."""
+    """A `CachedFlow` whose steps are graphs: same velocities. Steps too long to share a batch run as they are.
 
-    def __init__(self, flow: CachedFlow, graphs: bool = True):
+    seen: what sizes of steps were run before, from one drawing to the next.
+    """
+
+    def __init__(self, flow: CachedFlow, graphs: bool = True, seen: set[tuple] | None = None):
         self.flow, self.rows, self.sample = flow, flow.rows, flow.sample
+        self.seen = set() if seen is None else seen
         self.graphs = graphs and len(flow.rows) <= TOGETHER_ROWS
         self.state = self.t = None
         self.steps: dict[bool, Recorded] = {}
@@ -162,6 +189,8 @@ class RecordedFlow:
         self.state.copy_(state)
         self.t.copy_(t)
         if guided not in self.steps:
-            self.steps[guided] = Recorded(device, self.graphs)
+            size = (guided, *state.shape, state.dtype, *(cache.length for cache in self.flow.caches))
+            self.steps[guided] = Recorded(device, self.graphs, LAYERS, size in self.seen)
+            self.seen.add(size)
         out = self.steps[guided](lambda: self.flow.velocities(self.state, self.t, guided))
         return Velocities(*(part if part is None else part.clone() for part in out))
