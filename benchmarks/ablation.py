@@ -33,6 +33,7 @@ ABLATION = {
     "gptq_group_clip": ("fast", {"rounding": ["gptq"]}),
     "fast_damping_0.01": ("fast", {"damping": 0.01}),
     "fast_damping_0.1": ("fast", {"damping": 0.1}),
+    "fast_21_alphas": ("fast", {"alphas": 21}),
     "fast_descent": ("fast", {"descent": 3}),
     "fast_residual_o_down": ("fast", {"residual_sites": ["o", "down"]}),
     "fast_gradients": ("fast", {"gradients": True}),

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import lance_quant.awq.refine as refine
 import lance_quant.awq.search as search
+import lance_quant.model.attention as attention
 from lance_quant.awq.block import Block
 from lance_quant.awq.compensate import Compensation
 from lance_quant.awq.config import RecipeConfig
@@ -166,8 +167,16 @@ def gradients_of(kept) -> dict[int, torch.Tensor]:
     return {number: draw(30 + number, *one.states.shape).bfloat16() for number, one in enumerate(kept)}
 
 
-def test_gradients_are_those_of_the_weights():
-    """Of every linear: that of its weight is its outputs' gradients times what it read."""
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_gradients_are_those_of_the_weights(in_parts, monkeypatch):
+    """Of every linear: that of its weight is its outputs' gradients times what it read. in_parts: attention as on a
+    GPU, where its way back has a fixed order only so."""
+    calls = []
+    if in_parts:
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        monkeypatch.setattr(attention, "PART", 5)
+    real = attention._in_parts
+    monkeypatch.setattr(attention, "_in_parts", lambda *some: calls.append(some) or real(*some))
     kept = random_sequences(CONFIG, count=2)
     block, behind = Block(CONFIG, 0, kept, "cpu"), gradients_of(kept)
     for number, target in enumerate(layer_targets(CONFIG, 0)):
@@ -183,6 +192,7 @@ def test_gradients_are_those_of_the_weights():
                 found = found + gradient.flatten(0, 1).T @ rows[site].flatten(0, 1)
         (wanted,) = torch.autograd.grad(expected, weight)
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
+    assert bool(calls) == in_parts
 
 
 def test_tasks_count_as_they_weigh_however_many_sequences_they_have():
