@@ -54,6 +54,8 @@ ABLATION = {
     "learned_residual_200_sequential": ("best", ALIKE | LEARNED | LONGER),
     "best_learned_gently": ("best", ALIKE | GENTLY),
 }
+# one grid of scales for all rows, `best`'s
+ABLATION |= {label: (base, {"alphas": 21} | changes) for label, (base, changes) in ABLATION.items() if base == "fast"}
 
 
 def recipe_of(label: str) -> RecipeConfig:

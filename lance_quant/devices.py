@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -35,29 +36,44 @@ def current(name: str) -> AbstractContextManager:
 
 _lock = threading.Lock()
 _inside = 0
+_before = (False, False)
+_fixed_order: ContextVar[bool] = ContextVar("fixed_order", default=False)  # of a thread
 
 
 @contextmanager
 def repeatable(device: str) -> Iterator[None]:
-    """Deterministic kernels within: fused attention's backward pass has no fixed order else. It runs on the thread that
-    asks for it, as another one would have no context of the device."""
+    """Sums in a fixed order within, on a GPU: deterministic kernels, and attention that goes back in parts
+    (`fixed_order`). Gradients run on the thread that asks for them, as another one would have no context of the device.
+    """
     import torch
 
-    global _inside
+    global _inside, _before
     if not device.startswith("cuda"):
         yield
         return
     with _lock:
+        if not _inside:
+            _before = (
+                torch.are_deterministic_algorithms_enabled(),
+                torch.is_deterministic_algorithms_warn_only_enabled(),
+            )
         _inside += 1
         torch.use_deterministic_algorithms(True, warn_only=True)
+    kept = _fixed_order.set(True)
     try:
         with torch.autograd.set_multithreading_enabled(False):
             yield
     finally:
+        _fixed_order.reset(kept)
         with _lock:
             _inside -= 1
             if not _inside:
-                torch.use_deterministic_algorithms(False)
+                torch.use_deterministic_algorithms(_before[0], warn_only=_before[1])
+
+
+def fixed_order() -> bool:
+    """Whether this thread's gradients are to be `repeatable`."""
+    return _fixed_order.get()
 
 
 def choose_device(name: str) -> str:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lance_quant.devices import choose_device, exact_device, found_devices
+from lance_quant.devices import choose_device, exact_device, fixed_order, found_devices, repeatable
 from lance_quant.errors import LanceQuantError
 
 
@@ -45,3 +45,20 @@ def test_all_gpus_or_the_cpu(two_gpus, monkeypatch):
     assert found_devices() == ["cuda:0", "cuda:1"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert found_devices() == ["cpu"]
+
+
+@pytest.mark.parametrize("before", [(False, False), (True, False), (True, True)])
+def test_a_fixed_order_is_asked_for_within_alone(before):
+    """On a GPU; what was set before is set afterwards, also where something fails in between."""
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    try:
+        with repeatable("cpu"):
+            assert not fixed_order()
+        with pytest.raises(ZeroDivisionError), repeatable("cuda"), repeatable("cuda:1"):
+            assert fixed_order() and torch.is_deterministic_algorithms_warn_only_enabled()
+            raise ZeroDivisionError
+        assert not fixed_order()
+        assert torch.are_deterministic_algorithms_enabled() == before[0]
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == before[1]
+    finally:
+        torch.use_deterministic_algorithms(False)

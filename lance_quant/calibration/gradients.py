@@ -40,8 +40,8 @@ def write_gradients(
 ) -> list[int]:
     """Add gradients of about `tokens` tokens to the capture artifact in `out`; returns the sequences' numbers.
 
-    The draw follows from `seed` and the kind of device. Not to be called in inference mode. In float32, where attention
-    has a backward pass of fixed order: two layers, and what one sequence needs on its way through one.
+    The draw follows from `seed` and the kind of device. Not to be called in inference mode. Holds two layers in
+    float32, and what one sequence needs on its way through one.
     """
     last, decoder = checkpoint.config.num_hidden_layers - 1, bare_decoder(checkpoint.config)
     decoder.rope_inv_freq_bf16 = True

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lance_quant.devices import fixed_order
 from lance_quant.model.positions import causal_mask
 
 PART = 512  # queries whose scores are there at once
@@ -74,7 +75,7 @@ def _fused(
 ) -> torch.Tensor:
     """By a kernel that never holds all scores: none takes grouped heads with a mask, nor on a GPU in float32. Their way
     back adds in no fixed order on a GPU; where one was asked for, in parts."""
-    if q.requires_grad and torch.are_deterministic_algorithms_enabled():
+    if q.requires_grad and fixed_order():
         return _in_parts(q, k, v, causal_mask(q.shape[2], k.shape[2] - q.shape[2], q.device) if causal else mask)
     grouped = mask is None and not (q.is_cuda and q.dtype == torch.float32)
     if not grouped:

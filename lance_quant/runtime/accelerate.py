@@ -5,6 +5,7 @@ lance = accelerate(load_lance(checkpoint, "cuda"))
 Weights are taken over, not copied. Tokens and velocities are those of the plain model up to the rounding of its dtype.
 """
 
+import threading
 import weakref
 from collections.abc import Sequence
 
@@ -48,10 +49,13 @@ class Fast:
     def __init__(self, lance: Lance, graphs: bool = True):
         self.lance, self.graphs = weakref.proxy(lance), graphs  # the model owns this, and is freed without it
         self.decodings: dict[tuple[int, int], Decoding] = {}
-        self.drawn: set[tuple] = set()
+        self.drawn: dict[tuple, set[tuple]] = {}
 
     def denoising(self, flow: CachedFlow) -> RecordedFlow:
-        return RecordedFlow(flow, self.graphs, self.drawn)
+        decoder = self.lance.language_model.model
+        # attention's plans are a thread's own, and kernels compiled anew where they may start early
+        how = threading.get_ident(), decoder.early, decoder.beside is not None
+        return RecordedFlow(flow, self.graphs, self.drawn.setdefault(how, set()))
 
     def decoding(self, context: torch.Tensor, positions: torch.Tensor, sample: Sample, extra: int) -> Tokens:
         decoding = self.room(1, context.shape[1] + extra + 1)

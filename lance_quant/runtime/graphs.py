@@ -52,14 +52,23 @@ class Recorded:
         """And run it."""
         stream, graphs = _recording(self.device), []
 
+        recording = False
+
         def begin() -> None:
+            nonlocal recording
             pool = graphs[0].pool() if graphs else None  # in order, they may use each other's memory
             graphs.append(torch.cuda.CUDAGraph())
             # other threads may use their GPU meanwhile
             graphs[-1].capture_begin(pool=pool, capture_error_mode="thread_local")
+            recording = True
+
+        def end() -> None:
+            nonlocal recording
+            recording = False
+            graphs[-1].capture_end()
 
         def go_on() -> None:
-            graphs[-1].capture_end()
+            end()
             graphs[-1].replay()
             begin()
 
@@ -70,7 +79,8 @@ class Recorded:
                 with pausing(self.layers, go_on):
                     self.out = work()
             finally:
-                graphs[-1].capture_end()
+                if recording:
+                    end()
             graphs[-1].replay()
         torch.cuda.current_stream(self.device).wait_stream(stream)
         return graphs
@@ -169,7 +179,7 @@ class Tokens:
 class RecordedFlow:
     """A `CachedFlow` whose steps are graphs: same velocities. Steps too long to share a batch run as they are.
 
-    seen: what sizes of steps were run before, from one drawing to the next.
+    seen: what sizes of steps this thread has run before, from one drawing to the next.
     """
 
     def __init__(self, flow: CachedFlow, graphs: bool = True, seen: set[tuple] | None = None):
@@ -189,8 +199,12 @@ class RecordedFlow:
         self.state.copy_(state)
         self.t.copy_(t)
         if guided not in self.steps:
-            size = (guided, *state.shape, state.dtype, *(cache.length for cache in self.flow.caches))
-            self.steps[guided] = Recorded(device, self.graphs, LAYERS, size in self.seen)
-            self.seen.add(size)
+            self.steps[guided] = Recorded(device, self.graphs, LAYERS, self._size(guided) in self.seen)
         out = self.steps[guided](lambda: self.flow.velocities(self.state, self.t, guided))
+        self.seen.add(self._size(guided))
         return Velocities(*(part if part is None else part.clone() for part in out))
+
+    def _size(self, guided: bool) -> tuple:
+        """What kernels are compiled and planned for."""
+        lengths = (cache.length for cache in self.flow.caches)
+        return guided, len(self.rows), *self.state.shape, self.state.dtype, *lengths

@@ -173,7 +173,7 @@ def test_gradients_are_those_of_the_weights(in_parts, monkeypatch):
     GPU, where its way back has a fixed order only so."""
     calls = []
     if in_parts:
-        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        monkeypatch.setattr(attention, "fixed_order", lambda: True)
         monkeypatch.setattr(attention, "PART", 5)
     real = attention._in_parts
     monkeypatch.setattr(attention, "_in_parts", lambda *some: calls.append(some) or real(*some))
