@@ -23,6 +23,7 @@ from quality_lm import (
     cut,
     in_a_sentence,
     integers,
+    kept_of,
     parser_of,
     text_config,
     texts_of,
@@ -77,8 +78,7 @@ def compare(args) -> None:
             if not 0 <= layer < count:
                 raise LanceQuantError(f"--layers has {layer}, and the model's are 0 to {count - 1}")
         check_groups(checkpoint.config, recipes, args.group_size)
-        kept = {"rows_per_site": args.rows, "sequences": 10**6, "sequence_tokens": 10**9}
-        kept["gradient_tokens"] = args.gradient_tokens if any(recipe.gradients for recipe in recipes) else 0
+        kept = kept_of(args, recipes)
         texts = texts_of(args, checkpoint.config, work)
         fitted, held = (len(pieces) * PIECE for pieces in cut(checkpoint, texts))
         print(f"{fitted} of {texts[0][1]} calibration tokens, {held} of {texts[1][1]} held out")

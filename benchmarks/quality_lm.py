@@ -88,6 +88,12 @@ def text_config(name: str, path: Path, tokens: int, seed: int = 0, **changes) ->
     )
 
 
+def kept_of(args, recipes: list[RecipeConfig]) -> dict[str, int]:
+    """What a capture keeps: every sequence, and gradients where a recipe looks at them."""
+    gradients = args.gradient_tokens if any(recipe.gradients for recipe in recipes) else 0
+    return {"rows_per_site": args.rows, "sequences": 10**6, "sequence_tokens": 10**9, "gradient_tokens": gradients}
+
+
 def texts_of(args, config: LanceConfig, work: Path) -> list[tuple[Path, int]]:
     """(folder, tokens wanted) of calibration and of evaluation: folders given, else `plain_texts.py`, inside `work`."""
     given, tokens = (args.calibration, args.evaluation), (tokens_for(args, config), args.evaluation_tokens)
@@ -259,8 +265,7 @@ def compare(args) -> None:
         for seed in seeds:
             captured = work / f"capture{seed}"
             captured.mkdir()
-            kept = {"rows_per_site": args.rows, "sequences": 10**6, "sequence_tokens": 10**9}
-            kept["gradient_tokens"] = args.gradient_tokens if any(recipe.gradients for recipe in recipes) else 0
+            kept = kept_of(args, recipes)
             capture(checkpoint, text_config("text", *texts[0], seed, **kept), captured, args.device)
             for recipe in recipes:
                 started = time.monotonic()

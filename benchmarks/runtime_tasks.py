@@ -45,7 +45,8 @@ def row_parts(run: Run) -> dict:
     for form in run.forms:
         lance, best = run.form(form), {}
         for _ in range(3):
-            lance.fast.drawn.clear()  # as if this size had not been drawn before
+            if lance.fast is not None:
+                lance.fast.drawn.clear()  # as if this size had not been drawn before
             flow = timed("contexts", lambda lance=lance: start_flow(lance, sample, state, FlowConfig()), best, device)
             for number in ("first", "second", "third"):
                 for guided in (True, False):

@@ -16,11 +16,11 @@ from torch.func import functional_call
 
 from lance_quant.calibration.sequences import KeptSequence
 from lance_quant.calibration.streaming import bare_decoder
-from lance_quant.checkpoint.layout import NORMS, PATHS, SITES, SUFFIX, layer_prefix, layer_targets
+from lance_quant.checkpoint.layout import NORMS, PATHS, SITES, SUFFIX, Target, layer_prefix, layer_targets
 from lance_quant.devices import repeatable
 from lance_quant.model.config import LanceConfig
 from lance_quant.model.decoder import Call, Layer
-from lance_quant.model.routing import Routing, Twin
+from lance_quant.model.routing import Twin
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,7 @@ class Block:
         with torch.device("meta"):
             self.module = Layer(config, 0).eval()
         self._prefix = layer_prefix(layer)
-        decoder = bare_decoder(config)
-        decoder.rope_inv_freq_bf16 = True
+        decoder = bare_decoder(config, rope_inv_freq_bf16=True)
         groups: dict[tuple, list[int]] = {}
         for number, one in enumerate(sequences):
             key = (one.spans, one.positions.numpy().tobytes(), one.latent.numpy().tobytes())
@@ -87,8 +86,7 @@ class Block:
     def _batch(self, decoder, sequences: Sequence[KeptSequence], numbers: list[int]) -> Batch:
         group = [sequences[number] for number in numbers]
         states = torch.stack([one.states for one in group]).to(self.device).float()
-        routing = Routing.of(group[0].latent).to(self.device)
-        call = decoder.call(states, group[0].positions.to(self.device), routing, group[0].spans)
+        call = group[0].call(decoder, states)
         latent = group[0].latent.to(self.device)
         tasks, samples = tuple(one.task for one in group), tuple(one.sample for one in group)
         return Batch(states, call, latent, tasks, samples, tuple(numbers))
@@ -125,8 +123,9 @@ class Block:
             hooks.append(norm.register_forward_pre_hook(lambda _, args, path=path: middle.update({path: args[0]})))
         for key in sites:
             target = next(t for t in layer_targets(self.config, self.layer) if (t.path, t.site) == key)
-            module = self.module.get_submodule(target.name.removeprefix(self._prefix))
-            hooks.append(module.register_forward_pre_hook(lambda _, args, key=key: rows.update({key: args[0]})))
+            hooks.append(
+                self._linear(target).register_forward_pre_hook(lambda _, args, key=key: rows.update({key: args[0]}))
+            )
         try:
             out = self.outputs(tensors, batch)
             return Traced(batch.call.routing.merge(Twin(middle["und"], middle["gen"])), out, rows)
@@ -140,7 +139,7 @@ class Block:
         targets = layer_targets(self.config, self.layer)
         outputs: dict[str, Tensor] = {}
         hooks = [
-            self.module.get_submodule(target.name.removeprefix(self._prefix)).register_forward_hook(
+            self._linear(target).register_forward_hook(
                 lambda _, args, out, name=target.name: outputs.update({name: out})
             )
             for target in targets
@@ -153,7 +152,11 @@ class Block:
         finally:
             for hook in hooks:
                 hook.remove()
-        return [dict(zip(outputs, found, strict=True)).get(target.name) for target in targets]
+        by_name = dict(zip(outputs, found, strict=True))
+        return [by_name.get(target.name) for target in targets]
+
+    def _linear(self, target: Target) -> torch.nn.Module:
+        return self.module.get_submodule(target.name.removeprefix(self._prefix))
 
     def site_rows(self, tensors: dict[str, Tensor]) -> SiteInputs:
         """What the linears read."""

@@ -1,4 +1,4 @@
-"""`compensate`: rounding column by column, each error made up for by the columns that follow (GPTQ, arXiv 2210.17323).
+"""`Compensation`: rounding column by column, each error made up for by the columns after it (GPTQ, arXiv 2210.17323).
 
 Columns go in the order of their second moment, the largest first, each against the step and zero point that its group
 had from the start: the stored layout does not know of the order.
@@ -85,11 +85,6 @@ class Compensation:
         latent = torch.empty_like(columns)
         latent[order] = columns
         return replace(made, latent=latent.T.contiguous())
-
-
-def compensate(made: Draft, moments: Tensor, damping: float) -> Draft:
-    """One weight alone."""
-    return Compensation(moments, damping)(made)
 
 
 def compensate_block(block: Columns) -> Tensor:

@@ -123,8 +123,8 @@ class RecipeConfig:
             )
         if not self.zero_in_range and self.clip != "none":
             raise LanceQuantError(f"recipe {self.name}: clip={self.clip} keeps 0 in range: set zero_in_range=true")
-        between = {"heldout": (0, 0.5), "clip_least": (0.1, 1), "damping": (1e-6, 1e3), "gradient_damping": (1e-3, 1e3)}
-        between |= {"gradient_share": (0, 1)}
+        between = {"heldout": (0, 0.5), "clip_least": (0.1, 1), "damping": (1e-6, 1e3)}
+        between |= {"gradient_damping": (1e-3, 1e3), "gradient_share": (0, 1)}
         between |= {"learned_rate": (0, 0.5), "range_rate": (0, 0.5), "clip_steps": (2, 64)}
         between |= {"learned_steps": (1, 1e5), "learned_tokens": (1, 1e7), "descent": (0, 100)}
         for name, (low, high) in between.items():

@@ -59,6 +59,11 @@ class OutputMoments:
         return (self.root @ x.reshape(*self.blocks.shape[:2], -1)).view(x.shape)
 
 
+def weighed(x: Tensor, outputs: OutputMoments | None) -> Tensor:
+    """x [O, K] as errors of its rows count; as it is where no gradient tells."""
+    return x if outputs is None else outputs.weighed(x)
+
+
 def block_size(outputs: int) -> int:
     """The largest that divides."""
     return max(size for size in range(1, min(outputs, BLOCK) + 1) if outputs % size == 0)
@@ -118,9 +123,10 @@ class _Turns:
         rows = self.rows[:, at].flatten()
         if not len(rows):
             return None
-        part = Draft(self.left[:, at].flatten(0, 1), *(whole[rows] for whole in self._grids()), self.made.grid)
-        held = part.constant.repeat_interleave(self.made.grid.group_size, dim=1)  # exact, and nothing may move them
-        return replace(part, latent=torch.where(held, self.made.latent[rows], part.latent))
+        made, left = self.made, self.left[:, at].flatten(0, 1)
+        held = made.constant[rows].repeat_interleave(made.grid.group_size, dim=1)  # exact, and nothing may move them
+        latent = torch.where(held, made.latent[rows], left)
+        return Draft(latent, made.step[rows], made.zero[rows], made.constant[rows], made.grid)
 
     def settle(self, turn: int, part: Draft) -> None:
         """Take the rounded rows, and let those that are left make up for them."""
@@ -138,9 +144,6 @@ class _Turns:
         parts = ("latent", "step", "zero")
         together = {name: torch.cat([getattr(part, name) for part in self.parts])[back] for name in parts}
         return replace(self.made, **together)
-
-    def _grids(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.made.step, self.made.zero, self.made.constant
 
     def _at(self, turn: int) -> slice:
         start = min(turn * self.width, self.size)

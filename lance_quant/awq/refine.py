@@ -17,7 +17,7 @@ from lance_quant.awq.grid import quantize
 from lance_quant.awq.learn import Learning, learn, weights_of
 from lance_quant.awq.lessons import Lesson, first_lessons, whole_loss
 from lance_quant.awq.moments import Split, second_moments
-from lance_quant.awq.outputs import OutputMoments, in_turn
+from lance_quant.awq.outputs import OutputMoments, in_turn, weighed
 from lance_quant.awq.residual import Found, Missing, make_up, missing_parts
 from lance_quant.awq.rounding import Draft, draft, stacked, unstacked
 from lance_quant.awq.score import OutputError
@@ -131,10 +131,9 @@ def closer(
 ) -> bool:
     """Whether a linear's outputs on the rows that choices are made by are closer to the float ones. outputs: what they
     count, alike where None."""
-    weighed = outputs.weighed if outputs else lambda weight: weight
-    error = OutputError(weighed(work.weight(target)), split.judge)
+    error = OutputError(weighed(work.weight(target), outputs), split.judge)
     changes = (work.unfolded(target, one.weight()) - work.weight(target) for one in (was, trial))
-    before, after = (error(weighed(change)) for change in changes)
+    before, after = (error(weighed(change, outputs)) for change in changes)
     return after < before
 
 
@@ -165,15 +164,15 @@ def settled(
     def settle(made: Draft) -> Draft:
         return descend(compensation(made), made.latent, moments, recipe.damping, recipe.descent)
 
-    known = [outputs.get(target.name) for target in linears]
-    weighed = [place for place, one in enumerate(known) if one is not None]
-    alike = [place for place, one in enumerate(known) if one is None]
-    moments_of = [known[place].folded(work.rows[linears[place].name]) for place in weighed]
-    settled_ = dict(zip(weighed, in_turn([drafts[place] for place in weighed], moments_of, settle), strict=True))
+    by_name = {target.name: made for target, made in zip(linears, drafts, strict=True)}
+    told = {name: made for name, made in by_name.items() if name in outputs}
+    alike = {name: made for name, made in by_name.items() if name not in outputs}
+    counts = [outputs[name].folded(work.rows[name]) for name in told]
+    by_name |= zip(told, in_turn(list(told.values()), counts, settle), strict=True)
     if alike:
-        parts = [drafts[place] for place in alike]
-        settled_ |= zip(alike, unstacked(settle(stacked(parts)), [len(part.latent) for part in parts]), strict=True)
-    return [settled_[place] for place in range(len(linears))]
+        together = settle(stacked(list(alike.values())))
+        by_name |= zip(alike, unstacked(together, [len(made.latent) for made in alike.values()]), strict=True)
+    return list(by_name.values())
 
 
 def corrected(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:
@@ -206,8 +205,8 @@ def corrected_at(work: Refinement, drafts: dict[str, Draft], site: str) -> dict[
             if work.recipe.clip != "none":
                 trial, *clips[target.name] = CLIPS[work.recipe.clip](trial, moments, work.recipe)
             trials.append(trial)
-        settled_ = settled(work, linears, trials, moments, work.outputs)
-        for target, trial in zip(linears, settled_, strict=True):
+        trials = settled(work, linears, trials, moments, work.outputs)
+        for target, trial in zip(linears, trials, strict=True):
             if less_missing(work, target, split, None if found is None else part, drafts[target.name], trial):
                 made[target.name] = trial
                 if target.name in clips:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lance_quant.awq.block import Block
 from lance_quant.awq.lessons import Lesson
-from lance_quant.awq.outputs import OutputMoments
+from lance_quant.awq.outputs import OutputMoments, weighed
 from lance_quant.checkpoint.layout import NORMS, PATHS, norm_name
 from lance_quant.model.decoder import rms_norm
 
@@ -51,10 +51,9 @@ class Missing:
 
         Both as they act on `inputs`; outputs: what they count, alike where None.
         """
-        weighed = outputs.weighed if outputs else lambda x: x
-        weight, change, total = weighed(weight), weighed(change), 0.0
+        weight, change, total = weighed(weight, outputs), weighed(change, outputs), 0.0
         for inputs, missing in zip(self.inputs.split(ROWS), self.missing.split(ROWS), strict=True):
-            total += _squared((weighed(missing.T).T if self.adds else missing @ weight.T) - inputs @ change.T)
+            total += _squared((weighed(missing.T, outputs).T if self.adds else missing @ weight.T) - inputs @ change.T)
         return total
 
 

@@ -27,7 +27,6 @@ from lance_quant.checkpoint.layout import Checkpoint
 from lance_quant.devices import repeatable
 from lance_quant.model.decoder import Decoder, Layer
 from lance_quant.model.lance import Lance
-from lance_quant.model.routing import Routing
 from lance_quant.progress import Progress
 
 LOGIT_ROWS = 256  # tokens whose logits are there at once
@@ -43,15 +42,14 @@ def write_gradients(
     The draw follows from `seed` and the kind of device. Not to be called in inference mode. Holds two layers in
     float32, and what one sequence needs on its way through one.
     """
-    last, decoder = checkpoint.config.num_hidden_layers - 1, bare_decoder(checkpoint.config)
-    decoder.rope_inv_freq_bf16 = True
+    last, decoder = checkpoint.config.num_hidden_layers - 1, bare_decoder(checkpoint.config, rope_inv_freq_bf16=True)
     behind, chosen = {}, []
     for index, layer in stream_layers(checkpoint, device, torch.float32, backwards=True):
         sequences = read_sequences(out, index)
         lance = load_heads(checkpoint, device, torch.float32) if index == last else None
         chosen = chosen or spread(sequences, tokens)
         before = {}
-        for number in chosen:
+        for number in chosen if index or lance is not None else ():  # before the first layer there is none to tell
             one = sequences[number]
             entering = one.states.to(device).float().requires_grad_()
             with repeatable(device):
@@ -86,9 +84,8 @@ def spread(sequences: Sequence[KeptSequence], tokens: int) -> list[int]:
 
 def run(layer: Layer, decoder: Decoder, one: KeptSequence, states: Tensor) -> Tensor:
     """What a layer makes of a sequence's states [n, H]."""
-    routing = Routing.of(one.latent).to(states.device)
-    call = decoder.call(states[None], one.positions.to(states.device), routing, one.spans)
-    return routing.merge(layer(routing.split(states[None]), call))[0]
+    call = one.call(decoder, states[None])
+    return call.routing.merge(layer(call.routing.split(states[None]), call))[0]
 
 
 def last_gradient(lance: Lance, states: Tensor, one: KeptSequence, draw: torch.Generator) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 
 from lance_quant.calibration.activations import GRADIENTS, HIDDEN, read_states, states_file
 from lance_quant.model.attention import Span
+from lance_quant.model.decoder import Call, Decoder
+from lance_quant.model.routing import Routing
 
 SEQUENCES_FILE = "sequences.parquet"
 VELOCITY, LOGITS = "velocity", "logits"  # what is asked of a token
@@ -33,6 +35,11 @@ class KeptSequence:
     said: torch.Tensor
     spans: tuple[Span, ...]
     states: torch.Tensor
+
+    def call(self, decoder: Decoder, states: torch.Tensor) -> Call:
+        """What a layer is to know of states [B, n, H] of sequences like this one."""
+        routing = Routing.of(self.latent).to(states.device)
+        return decoder.call(states, self.positions.to(states.device), routing, self.spans)
 
 
 def read_sequences(folder: Path, layer: int) -> list[KeptSequence]:
@@ -56,7 +63,7 @@ def read_sequences(folder: Path, layer: int) -> list[KeptSequence]:
             latent=latent[start:end],
             drawn=drawn[start:end],
             said=said[start:end],
-            spans=spans_of(column["split"][start:end].tolist(), column["mode"][start:end].tolist()),
+            spans=spans_of(column["split"][start:end], column["mode"][start:end]),
             states=states[start:end],
         )
         for start, end in stretches(column["sequence"])
@@ -79,7 +86,6 @@ def stretches(numbers: np.ndarray) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def spans_of(splits: list[int], modes: list[str]) -> tuple[Span, ...]:
+def spans_of(splits: np.ndarray, modes: np.ndarray) -> tuple[Span, ...]:
     """Each token's split and mode -> (start, end, mode) of every split."""
-    starts = [at for at in range(len(splits)) if at == 0 or splits[at] != splits[at - 1]]
-    return tuple((start, end, modes[start]) for start, end in zip(starts, [*starts[1:], len(splits)], strict=True))
+    return tuple((start, end, str(modes[start])) for start, end in stretches(splits))

@@ -64,10 +64,13 @@ def one_layer(config: LanceConfig) -> LanceConfig:
     return replace(config, num_hidden_layers=1)
 
 
-def bare_decoder(config: LanceConfig) -> Decoder:
-    """A decoder without weights, for what all layers of a call share."""
+def bare_decoder(config: LanceConfig, rope_inv_freq_bf16: bool | None = None) -> Decoder:
+    """A decoder without weights, for what all layers of a call share. rope_inv_freq_bf16: True where float32 states are
+    to be turned as the bf16 model's are."""
     with torch.device("meta"):
-        return Decoder(replace(config, num_hidden_layers=0))
+        decoder = Decoder(replace(config, num_hidden_layers=0))
+    decoder.rope_inv_freq_bf16 = rope_inv_freq_bf16
+    return decoder
 
 
 def stream_layers(

@@ -22,12 +22,10 @@ from lance_quant.runtime.ops import silu_mul
 if TYPE_CHECKING:
     from lance_quant.runtime.int4_linear import Int4Linear
 
-PIECE_ELEMENTS = (
-    24 * 2**20
-)  # at a time, 50 MB of bf16: gate and up in two pieces, all others whole, docs/performance.md
-GATED_ROWS = (
-    4608  # of x at a time: with 11,264 outputs 1,584 tiles of 128 x 256, twelve for each of an H100's processors
-)
+# at a time, 50 MB of bf16: gate and up in two pieces, all others whole, docs/performance.md
+PIECE_ELEMENTS = 24 * 2**20
+# of x at a time: with 11,264 outputs 1,584 tiles of 128 x 256, twelve for each of an H100's processors
+GATED_ROWS = 4608
 MANY_ROWS = 8192  # above, tiles always come out even, and products of all rows at once are 1 % faster
 TILE, TILE_ROWS = 256, 128  # outputs and rows
 ALIGNED = 8  # bf16 in 16 bytes

@@ -285,9 +285,9 @@ class FusedDecoder(Decoder):
         beside = None if x.gen is None else call.beside
         if beside is not None:
             beside.fork()
-        every, pause = (None if beside is not None else _pause.get()) or (len(self.layers), None)
+        every, pause = _pause.get() or (len(self.layers), None)
         for index, layer in enumerate(self.layers):
-            if index and index % every == 0:
+            if index and index % every == 0 and beside is None:
                 pause()
             x, added = layer(x, added, call)
         if beside is not None:

@@ -34,7 +34,7 @@ class Recorded:
     def __init__(self, device: torch.device, graphs: bool = True, layers: int | None = None, compiled: bool = False):
         self.device, self.records, self.layers = device, graphs and device.type == "cuda", layers
         self.compiled = compiled
-        self.runs, self.graphs, self.out = 0, [], None
+        self.graphs, self.out = [], None
 
     def __call__(self, work: Callable[[], object]):
         if self.graphs:
@@ -45,14 +45,11 @@ class Recorded:
         else:
             self.out = work()
             self.compiled = True
-        self.runs += 1
         return self.out
 
     def _record(self, work: Callable[[], object]) -> list[torch.cuda.CUDAGraph]:
         """And run it."""
-        stream, graphs = _recording(self.device), []
-
-        recording = False
+        stream, graphs, recording = _recording(self.device), [], False
 
         def begin() -> None:
             nonlocal recording

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import lance_quant.awq.search as search
 from lance_quant.awq.block import Block
 from lance_quant.awq.clip import CLIPS, group_blocks
-from lance_quant.awq.compensate import compensate, inverse_factor
+from lance_quant.awq.compensate import Compensation, inverse_factor
 from lance_quant.awq.config import RecipeConfig
 from lance_quant.awq.descend import descend
 from lance_quant.awq.grid import Grid
@@ -46,7 +46,7 @@ def test_compensation_is_never_worse_than_nearest_on_its_own_rows(bits, seed):
     x = correlated(seed=seed)
     weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(seed + 10))
     nearest = draft(weight, replace(GRID, bits=bits))
-    made = compensate(nearest, x.T @ x, 0.01)
+    made = Compensation(x.T @ x, 0.01)(nearest)
     assert error(weight, made, x) < 0.8 * error(weight, nearest, x)
     assert torch.equal(made.step, nearest.step) and torch.equal(made.zero, nearest.zero)
 
@@ -57,11 +57,11 @@ def test_compensation_keeps_what_is_exact():
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
     weight[1] = 0
     weight[2, 16:32] = 0.75
-    made = compensate(draft(weight, GRID), x.T @ x, 0.01).weight()
+    made = Compensation(x.T @ x, 0.01)(draft(weight, GRID)).weight()
     assert made.isfinite().all()
     assert torch.equal(made[1], weight[1]) and torch.equal(made[2, 16:32], weight[2, 16:32])
     nothing = draft(weight, GRID)
-    assert compensate(nothing, torch.zeros(64, 64), 0.01) is nothing
+    assert Compensation(torch.zeros(64, 64), 0.01)(nothing) is nothing
 
 
 @pytest.mark.parametrize("bits", [3, 4])
@@ -69,7 +69,7 @@ def test_compensation_keeps_what_is_exact():
 def test_descent_lowers_the_error_of_compensated_codes(bits, seed):
     x = correlated(seed=seed)
     weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(seed + 10))
-    start = compensate(draft(weight, replace(GRID, bits=bits)), x.T @ x, 0.01)
+    start = Compensation(x.T @ x, 0.01)(draft(weight, replace(GRID, bits=bits)))
     errors = [error(weight, descend(start, weight, x.T @ x, 0.0, passes), x) for passes in range(4)]
     assert errors[1] < 0.97 * errors[0] and errors[3] <= errors[2] <= errors[1]
     made = descend(start, weight, x.T @ x, 0.01, 3)
@@ -84,7 +84,7 @@ def test_descent_keeps_what_is_exact():
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
     weight[1] = 0
     weight[2, 16:32] = 0.75
-    made = descend(compensate(draft(weight, GRID), x.T @ x, 0.01), weight, x.T @ x, 0.01, 3).weight()
+    made = descend(Compensation(x.T @ x, 0.01)(draft(weight, GRID)), weight, x.T @ x, 0.01, 3).weight()
     assert made.isfinite().all()
     assert torch.equal(made[1], weight[1]) and torch.equal(made[2, 16:32], weight[2, 16:32])
     nothing = draft(weight, GRID)
