@@ -24,6 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare machine has not installed the package
 
 from runtime_check import check_plain, row_check  # noqa: E402
+from runtime_early import row_early  # noqa: E402
 from runtime_models import Models  # noqa: E402
 from runtime_rows import (  # noqa: E402
     FORMS,
@@ -35,7 +36,6 @@ from runtime_rows import (  # noqa: E402
     row_step,
     table_of,
 )
-from runtime_streams import row_early, row_streams  # noqa: E402
 from runtime_tasks import row_answer, row_first_token, row_memory, row_parts, row_profile, row_t2i, row_t2v  # noqa: E402
 from settings import settings_of  # noqa: E402
 
@@ -49,7 +49,6 @@ ROWS = {
     "step": row_step,
     "pair": row_pair,
     "batch": row_batch,
-    "streams": row_streams,
     "early": row_early,
     "answer": row_answer,
     "t2i": row_t2i,

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -91,6 +91,24 @@ def milliseconds(call: Callable[[], object], device: str, runs: int = 15, warm: 
         call()
         times.append(1000 * (now(device) - started))
     return statistics.median(times[warm:])
+
+
+def by_turns(
+    calls: Mapping[str, Callable[[], object]], device: str, rounds: int = 5, runs: int = 5, warm: int = 3
+) -> dict[str, float]:
+    """Median milliseconds of each call: `runs` of one, then of the next, and again, so that what a GPU's clock and a
+    host do meanwhile meets all of them."""
+    for call in calls.values():
+        for _ in range(warm):
+            call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            for _ in range(runs):
+                started = now(device)
+                call()
+                times[name].append(1000 * (now(device) - started))
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def distance(ours: torch.Tensor, theirs: torch.Tensor) -> dict[str, float]:
@@ -201,13 +219,14 @@ def row_pair(run: Run) -> dict:
 def steps(run: Run, guided: bool) -> dict:
     sample, state = run.drawing()
     t, device = torch.tensor(T), run.models.device
-    for form in run.forms:
-        flow = CachedFlow(run.form(form), sample, state, FlowConfig())
-        rows = (2 if guided else 1) * (len(flow.rows) + 2)
-        what = f"{'guided pair' if guided else 'denoising step'}, {rows:,} rows, {flow.caches[0].length} cached"
-        for graphs in (True, False) if device != "cpu" else (False,):
-            recorded = RecordedFlow(flow, graphs)
-            value = milliseconds(lambda flow=recorded: flow.velocities(state, t, guided), device)
+    flows = {form: CachedFlow(run.form(form), sample, state, FlowConfig()) for form in run.forms}
+    flow = flows[run.forms[0]]
+    rows = (2 if guided else 1) * (len(flow.rows) + 2)
+    what = f"{'guided pair' if guided else 'denoising step'}, {rows:,} rows, {flow.caches[0].length} cached"
+    for graphs in (True, False) if device != "cpu" else (False,):
+        recorded = {form: RecordedFlow(flow, graphs) for form, flow in flows.items()}
+        calls = {form: lambda flow=recorded[form]: flow.velocities(state, t, guided) for form in run.forms}
+        for form, value in by_turns(calls, device).items():
             run.put(f"{what}, {'graph' if graphs else 'eager'}", form, value, "ms")
     return {}
 

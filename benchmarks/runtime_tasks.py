@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from runtime_check import text_sample
 from runtime_models import held_bytes, to_device
-from runtime_rows import Run, T, filled, milliseconds, now
+from runtime_rows import Run, T, by_turns, filled, milliseconds, now
 
 from lance_quant.model.sampler import CachedFlow, FlowConfig, run_flow, start_flow
 from lance_quant.model.sequence import Sample
@@ -82,26 +82,26 @@ def drawn(run: Run, what: str, sample: Sample, state: torch.Tensor, cfg: FlowCon
     except ImportError as error:
         vae, found["vae"] = None, f"left out: {error}"
         print(f"  VAE left out: {error}", flush=True)
-    for form in forms:
-        lance = run.form(form)
 
-        def steps(lance=lance) -> torch.Tensor:
-            return run_flow(start_flow(lance, sample, state, cfg), state, cfg)
+    def steps(form: str) -> torch.Tensor:
+        return run_flow(start_flow(run.form(form), sample, state, cfg), state, cfg)
 
-        def decode(final: torch.Tensor) -> None:
-            if vae is not None:
-                vae.decode_frames(sample.drawn_latents(final))
+    def decode(final: torch.Tensor) -> None:
+        if vae is not None:
+            vae.decode_frames(sample.drawn_latents(final))
 
-        value = milliseconds(lambda: decode(steps()), device, runs=2 if len(state) < 10_000 else 1, warm=1)
+    calls = {form: lambda form=form: decode(steps(form)) for form in forms}
+    for form, value in by_turns(calls, device, rounds=5 if len(state) < 10_000 else 1, runs=1, warm=1).items():
         run.put(f"{what}, {cfg.steps} steps guided, VAE {'included' if vae else 'left out'}", form, value / 1000, "s")
-        if device != "cpu":
-            held = held_bytes(lance, *(() if vae is None else (vae,))) + shared_bytes()
+    if device != "cpu":
+        for form in forms:
+            held = held_bytes(run.form(form), *(() if vae is None else (vae,))) + shared_bytes()
             final = None
             for part in ("steps", "VAE decode"):
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
-                final = steps() if part == "steps" else decode(final)
+                final = steps(form) if part == "steps" else decode(final)
                 more = torch.cuda.max_memory_allocated() - before
                 run.put(f"{what}, peak with ViT and VAE, {part}", form, (held + more) / 1e9, "GB")
     return found

@@ -14,7 +14,9 @@ from lance_quant.devices import fixed_order
 from lance_quant.model.positions import causal_mask
 
 PART = 512  # queries whose scores are there at once
-Span = tuple[int, int, str]  # first token, end, mode: causal | full | full_noise | noise
+# first token, end, mode: causal | full | full_noise | noise; aside is causal, and hidden from what follows as noise is
+Span = tuple[int, int, str]
+CAUSAL, HIDDEN = ("causal", "aside"), ("noise", "aside")
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Sequence[Span] | None) -> torch.Tensor:
@@ -26,13 +28,38 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Sequence[Sp
     if spans is None:
         return _fused(q, k, v)
     context = k.shape[2] - q.shape[2]
-    out, hidden = [], []  # hidden: noise splits that have passed, which what follows does not see
+    out, hidden = [], []  # hidden: splits that have passed, which what follows does not see
     for start, end, mode in spans:
         seen = (_without(part, hidden, context + end) for part in (k, v))
-        out.append(_one(q[:, :, start:end], *seen, causal=mode == "causal"))
-        if mode == "noise":
+        out.append(_one(q[:, :, start:end], *seen, causal=mode in CAUSAL))
+        if mode in HIDDEN:
             hidden.append((context + start, context + end))
     return out[0] if len(out) == 1 else torch.cat(out, dim=2)
+
+
+def span_mask(spans: Sequence[Span], context: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What `attend` lets each token see, [n, context + n] to be added to scores: 0, or -inf. With it few tokens share
+    one attention, where one a split is so many launches of the host's."""
+    tokens = spans[-1][1]
+    width = context + tokens
+    # rows that begin at 16 numbers: kernels would copy others
+    mask = torch.full((tokens, -(-width // 16) * 16), -torch.inf, dtype=dtype, device=device)[:, :width]
+    shown = [(0, context)]
+    for start, end, mode in spans:
+        for first, last in shown:
+            mask[start:end, first:last] = 0
+        own = mask[start:end, context + start : context + end]
+        own.zero_()
+        if mode in CAUSAL:
+            own.masked_fill_(own.new_ones(own.shape, dtype=torch.bool).triu_(1), -torch.inf)
+        if mode not in HIDDEN:
+            shown.append((context + start, context + end))
+    return mask
+
+
+def attend_masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`attend` of splits by their `span_mask`."""
+    return _fused(q, k, v, mask=mask)
 
 
 def _without(keys: torch.Tensor, hidden: Sequence[tuple[int, int]], end: int) -> torch.Tensor:

@@ -43,11 +43,13 @@ class KVCache:
             raise ValueError(f"the cache holds {self.capacity} tokens, {end} are needed")
         return end
 
-    def begin_as(self, other: "KVCache", tokens: int) -> None:
-        """Keep the first tokens of another cache of the same shape."""
-        self.keys[:, :, :, :tokens] = other.keys[:, :, :, :tokens]
-        self.values[:, :, :, :tokens] = other.values[:, :, :, :tokens]
-        self.length = tokens
+    def take(self, other: "KVCache", start: int, end: int) -> None:
+        """Keep tokens `start` to `end` of another cache of the same shape behind the own. Raises ValueError where they
+        do not fit."""
+        length = self.check(end - start)
+        self.keys[:, :, :, self.length : length] = other.keys[:, :, :, start:end]
+        self.values[:, :, :, self.length : length] = other.values[:, :, :, start:end]
+        self.length = length
 
     def advance(self, tokens: int) -> None:
         """Keep what the last call wrote."""

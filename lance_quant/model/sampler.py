@@ -136,37 +136,76 @@ class CachedFlow:
         self.table = table[self._target_rows]
         hidden = lance.embed(sample, lance.embed_latents(state.to(device), moves.float().to(device), table))
         self.ends = hidden[:, self.start, None], hidden[:, self.end - 1, None]
-        self.caches = [self._prefill(hidden, conditional)]
-        placed = [conditional[:, self.start : self.end]]
+        bare = None
         if cfg.guidance > 1:
-            context = conditional
+            bare = conditional
             if not cfg.faithful:
-                context = conditional.clone()
-                context[:, kept] = unconditional
-            self.caches.append(self._prefill(hidden, context, captioned=self.caches[0]))
+                bare = conditional.clone()
+                bare[:, kept] = unconditional
+        self.caches = self._contexts(hidden, conditional, bare)
+        placed = [conditional[:, self.start : self.end]]
+        if bare is not None:
             placed.append(unconditional[:, self.caches[1].length :][:, : self.end - self.start])
         self.positions = torch.stack(placed).to(device)
 
-    def _prefill(self, hidden: torch.Tensor, positions: torch.Tensor, captioned: KVCache | None = None) -> KVCache:
-        """Run the context. captioned: the whole one's cache, where this one is to go without the caption: what stands
-        before the caption is placed alike in both and does not see it, so it is taken over."""
-        lance, sample = self.lance, self.sample
-        cache = KVCache(lance.config, self.end, 1, lance.device, hidden.dtype)
-        context = [span for span in sample.spans() if span[0] < self.start]
-        if captioned is not None:
-            known = first_caption(sample, self.start)
-            cache.begin_as(captioned, known)
-            context = [span for span in context if span[0] >= known and sample.modality[span[0]] != CAPTION]
-        latents = sample.latent_mask()
-        for start, end, mode in context if lance.fast is None else joined(context):
-            lance.language_model.model(
-                hidden[:, start:end],
-                positions[:, start:end].to(lance.device),
-                Routing.of(latents[start:end]).to(lance.device),
-                [(0, end - start, mode)],
-                cache,
-            )
-        return cache
+    def _contexts(self, hidden: torch.Tensor, conditional: torch.Tensor, bare: torch.Tensor | None) -> list[KVCache]:
+        """The context at its positions; with `bare`, also the one without the caption at those. What stands before the
+        caption is placed alike in both and does not see it, so the second takes it over from the first."""
+        sample, lance = self.sample, self.lance
+        shape = lance.config, self.end, 1, lance.device, hidden.dtype
+        cache, known = KVCache(*shape), first_caption(sample, self.start)
+        spans = [span for span in sample.spans() if span[0] < self.start]
+        others = [span for span in spans if span[0] >= known and sample.modality[span[0]] != CAPTION]
+        if lance.fast is not None:
+            spans, others = joined(spans), joined(others)
+        at_once = lance.fast is not None and bare is not None and self._fit_at_once(spans, others, known)
+        for span in spans[:-1] if at_once else spans:
+            self._prefill(hidden, conditional, span, cache)
+        if bare is None:
+            return [cache]
+        without = KVCache(*shape)
+        if at_once:
+            self._prefill_at_once(hidden, (conditional, bare), spans[-1], known, others[0], cache)
+            without.take(cache, 0, known)
+            without.take(cache, self.start, cache.length)
+            cache.length = self.start
+            return [cache, without]
+        without.take(cache, 0, known)
+        for span in others:
+            self._prefill(hidden, bare, span, without)
+        return [cache, without]
+
+    def _prefill(self, hidden: torch.Tensor, positions: torch.Tensor, span: Span, cache: KVCache) -> None:
+        start, end, mode = span
+        self.lance.language_model.model(
+            hidden[:, start:end],
+            positions[:, start:end].to(hidden.device),
+            Routing.of(self.sample.latent_mask()[start:end]).to(hidden.device),
+            [(0, end - start, mode)],
+            cache,
+        )
+
+    def _fit_at_once(self, spans: Sequence[Span], others: Sequence[Span], known: int) -> bool:
+        """Whether the one's last text holds the caption, and the other has but that text's end left to run."""
+        if len(others) != 1 or spans[-1][2] != "causal" or others[0][2] != "causal":
+            return False
+        again = others[0][1] - others[0][0]
+        return spans[-1][0] <= known and others[0][1] == self.start and self.start + again <= self.end
+
+    def _prefill_at_once(self, hidden, positions, span: Span, known: int, other: Span, cache: KVCache) -> None:
+        """The last text, and behind it once more its end, which does not see what begins with the caption: the host
+        launches the layers' kernels once for both."""
+        rows = [slice(*span[:2]), slice(*other[:2])]
+        first, start, length = span[0], self.start - span[0], other[1] - other[0]
+        text = [(0, known - first, "causal"), (known - first, start, "aside"), (start, start + length, "causal")]
+        placed = torch.cat([each[:, part] for each, part in zip(positions, rows, strict=True)], dim=1)
+        self.lance.language_model.model(
+            torch.cat([hidden[:, part] for part in rows], dim=1),
+            placed.to(hidden.device),
+            Routing(),
+            [part for part in text if part[0] < part[1]],
+            cache,
+        )
 
     @torch.inference_mode()
     def velocities(self, state: torch.Tensor, t: torch.Tensor, guided: bool) -> Velocities:

@@ -16,15 +16,15 @@ from lance_quant.model.lance import Lance
 from lance_quant.model.sampler import CachedFlow
 from lance_quant.model.sequence import Sample
 from lance_quant.model.understanding import Answer, context_of, context_spans
-from lance_quant.runtime.fused import Streams, fuse_decoder, use_streams
+from lance_quant.runtime.fused import fuse_decoder, use_early
 from lance_quant.runtime.graphs import Decoding, RecordedFlow, Tokens, capacity_for
 
 CHOICES = ("auto", "on", "off")
-STREAMS = Streams(early=True)  # what paid in decoding on an H100, docs/performance.md
 
 
-def accelerate(lance: Lance, choice: str = "auto", graphs: bool = True, streams: Streams = STREAMS) -> Lance:
+def accelerate(lance: Lance, choice: str = "auto", graphs: bool = True, early: bool = True) -> Lance:
     """choice: auto does it on a GPU only; on: anywhere. graphs: off runs fused layers one kernel launch at a time.
+    early: kernels start before their predecessors end, where the GPU can do that.
 
     Triton's kernels run on the thread's current GPU: on another than the first one, `with torch.cuda.device(...)`
     around every call.
@@ -32,7 +32,7 @@ def accelerate(lance: Lance, choice: str = "auto", graphs: bool = True, streams:
     check_choice(choice)
     if choice == "on" or (choice == "auto" and lance.device.type == "cuda"):
         fuse_decoder(lance.language_model)
-        use_streams(lance.language_model.model, streams)
+        use_early(lance.language_model.model, early)
         lance.fast = Fast(lance, graphs)
     return lance
 
@@ -54,7 +54,7 @@ class Fast:
     def denoising(self, flow: CachedFlow) -> RecordedFlow:
         decoder = self.lance.language_model.model
         # attention's plans are a thread's own, and kernels compiled anew where they may start early
-        how = threading.get_ident(), decoder.early, decoder.beside is not None
+        how = threading.get_ident(), decoder.early
         return RecordedFlow(flow, self.graphs, self.drawn.setdefault(how, set()))
 
     def decoding(self, context: torch.Tensor, positions: torch.Tensor, sample: Sample, extra: int) -> Tokens:

@@ -12,21 +12,20 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lance_quant.model.attention import Span, attend
+from lance_quant.model.attention import CAUSAL, Span, attend, attend_masked, span_mask
 from lance_quant.model.cache import KVCache
 from lance_quant.model.decoder import Decoder, LanguageModel, Layer, RMSNorm
 from lance_quant.model.linear import Linear
 from lance_quant.model.routing import Routing, Twin
 from lance_quant.runtime.attention import StaticCache, attend_kept
 from lance_quant.runtime.backends import triton_few, triton_gemv
-from lance_quant.runtime.beside import Beside
 from lance_quant.runtime.dequantized import gated, triton_dequant_cublas
 from lance_quant.runtime.int4_linear import Int4Linear, fuse
 from lance_quant.runtime.kernels.early import can_start_early, early
 from lance_quant.runtime.ops import Heads, Place, QKNorm, add_rms_norm, place_heads, silu_mul
 from lance_quant.runtime.selection import choose
 
-FEW_ROWS, MANY_ROWS = 16, 256  # tokens of the understanding expert that so many of the other one can hide
+MASKED_TOKENS = 1024  # up to which splits, context included, share an attention: a layer's is then the host's time
 
 
 class SideBySide(nn.Module):
@@ -98,14 +97,14 @@ def few_active(gate_up: Int4Linear, rows: torch.Tensor) -> torch.Tensor:
 @dataclass(frozen=True)
 class FusedCall:
     """What every layer of one call shares. caches as in `decoder.Call`, or the static one of a decoding step.
-    beside: where the understanding expert's rows go while the other expert works; None: one after the other."""
+    mask: of the spans, where few tokens attend with it at once."""
 
     routing: Routing
     tables: tuple[torch.Tensor, torch.Tensor]
     spans: Sequence[Span] | None
     caches: tuple[KVCache, ...] | StaticCache
     wide_qk: bool
-    beside: Beside | None = None
+    mask: torch.Tensor | None = None
 
 
 class Expert(nn.Module):
@@ -155,8 +154,6 @@ class FusedLayer(nn.Module):
 
     def forward(self, x: Twin, added: Twin, call: FusedCall) -> tuple[Twin, Twin]:
         """Residual stream and what is still to be added to it, in and out."""
-        if x.gen is not None and call.beside is not None:
-            return self._side_by_side(x, added, call, call.beside)
         und, und_qkv = self.und.read(x.und, added.und)
         if x.gen is None:
             attended = self._attend(Twin(und_qkv, None), call)
@@ -165,19 +162,6 @@ class FusedLayer(nn.Module):
         gen, gen_qkv = self.gen.read(x.gen, added.gen)
         attended = self._attend(Twin(und_qkv, gen_qkv), call)
         und, added_und = self.und.write(und, attended.und)
-        gen, added_gen = self.gen.write(gen, attended.gen)
-        return Twin(und, gen), Twin(added_und, added_gen)
-
-    def _side_by_side(self, x: Twin, added: Twin, call: FusedCall, beside: Beside) -> tuple[Twin, Twin]:
-        """The same; what is put out of the understanding path is on the stream of `beside`, as what comes in may be."""
-        with beside.launched(x.und, added.und):
-            und, und_qkv = self.und.read(x.und, added.und)
-        gen, gen_qkv = self.gen.read(x.gen, added.gen)
-        beside.join()
-        attended = self._attend(Twin(und_qkv, gen_qkv), call)
-        beside.fork()
-        with beside.launched(attended.und):
-            und, added_und = self.und.write(und, attended.und)
         gen, added_gen = self.gen.write(gen, attended.gen)
         return Twin(und, gen), Twin(added_und, added_gen)
 
@@ -197,7 +181,9 @@ class FusedLayer(nn.Module):
             keys, values = self._room(qkv.und, tokens, cache)
             self._place(qkv, part, start, Heads(queries[part], keys, values), call)
             seen = (kept[:, :, : start + tokens] for kept in (keys, values))
-            rows.append(attend(queries[part].transpose(1, 2), *seen, call.spans).transpose(1, 2).flatten(2))
+            heads = queries[part].transpose(1, 2)
+            attended = attend(heads, *seen, call.spans) if call.mask is None else attend_masked(heads, *seen, call.mask)
+            rows.append(attended.transpose(1, 2).flatten(2))
         return _split(rows, call.routing)
 
     def _room(self, like: torch.Tensor, tokens: int, cache: KVCache | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -250,7 +236,6 @@ class FusedDecoder(Decoder):
         nn.Module.__init__(self)
         self.config, self.rope_inv_freq_bf16 = decoder.config, decoder.rope_inv_freq_bf16
         self.embed_tokens, self.norm, self.norm_moe_gen = decoder.embed_tokens, decoder.norm, decoder.norm_moe_gen
-        self.beside: Beside | None = None
         self.early = False
         self.layers = decoder.layers
         for index, layer in enumerate(decoder.layers):
@@ -258,7 +243,7 @@ class FusedDecoder(Decoder):
 
     def forward(self, hidden, positions, routing, spans=None, cache=None, keep=True):
         call = self.call(hidden, positions, routing, spans, cache)
-        with early(self.early and self.beside is None):
+        with early(self.early):
             states = self._through(routing.split(hidden), self._fused(call, call.caches))
         if keep:
             for each in call.caches:
@@ -276,41 +261,33 @@ class FusedDecoder(Decoder):
 
     def _fused(self, call, caches) -> FusedCall:
         tables = tuple((table if table.dim() == 3 else table[None]).contiguous() for table in call.rotary)
-        und, gen = call.routing.und, call.routing.gen
-        hidden = gen is not None and len(und) <= FEW_ROWS and len(gen) >= MANY_ROWS
-        return FusedCall(call.routing, tables, call.spans, caches, call.wide_qk, self.beside if hidden else None)
+        return FusedCall(call.routing, tables, call.spans, caches, call.wide_qk, self._mask(call, tables[0]))
+
+    def _mask(self, call, like: torch.Tensor) -> torch.Tensor | None:
+        """Where one attention over few tokens takes the place of several, or of one that would need a mask anyway."""
+        spans, context = call.spans, sum(each.length for each in call.caches)
+        if not spans or len(call.caches) > 1 or context + spans[-1][1] > MASKED_TOKENS:
+            return None
+        once = len(spans) == 1 and (not context or spans[0][2] not in CAUSAL)
+        return None if once else span_mask(spans, context, like.dtype, like.device)
 
     def _through(self, x: Twin, call: FusedCall) -> Twin:
         added = Twin(None, None)
-        beside = None if x.gen is None else call.beside
-        if beside is not None:
-            beside.fork()
         every, pause = _pause.get() or (len(self.layers), None)
         for index, layer in enumerate(self.layers):
-            if index and index % every == 0 and beside is None:
+            if index and index % every == 0:
                 pause()
             x, added = layer(x, added, call)
-        if beside is not None:
-            beside.join()
         und = add_rms_norm(x.und, added.und, self.norm.weight, self.norm.eps)[1]
         if x.gen is None:
             return Twin(und, None)
         return Twin(und, add_rms_norm(x.gen, added.gen, self.norm_moe_gen.weight, self.norm_moe_gen.eps)[1])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Streams:
-    """What may run at a time on a GPU. beside: the understanding expert's few rows while the other one multiplies.
-    early: kernels start before their predecessors end, where the GPU can do that; not in denoising with `beside`."""
-
-    beside: bool = False
-    early: bool = False
-
-
-def use_streams(decoder: FusedDecoder, streams: Streams) -> None:
-    """Take these from the next call on; what is recorded already keeps its own."""
-    decoder.early = streams.early and can_start_early(decoder.norm.weight.device)
-    decoder.beside = Beside(decoder.norm.weight.device) if streams.beside else None
+def use_early(decoder: FusedDecoder, on: bool) -> None:
+    """Whether kernels start before their predecessors end, where the GPU can do that (`kernels/early.py`); from the
+    next call on: what is recorded already stays as it is."""
+    decoder.early = on and can_start_early(decoder.norm.weight.device)
 
 
 def fuse_decoder(language_model: LanguageModel) -> None:

@@ -55,7 +55,8 @@ BUILT_IN = {
         Choice(1, "triton_gemv"),
         Choice(16, "triton_few"),
         Choice(2, "triton_gemv"),  # groups of 16, few outputs
-        Choice(64, "triton_gemm"),
+        # alone the one behind is faster above 64; it is more launches though, which is what contexts wait for
+        Choice(128, "triton_gemm"),
         Choice(None, "triton_dequant_cublas"),
     ),
     "cpu": (Choice(64, "cpu_int4"), Choice(None, "blocks")),

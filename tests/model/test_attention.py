@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import lance_quant.model.attention as attention
-from lance_quant.model.attention import attend
+from lance_quant.model.attention import attend, attend_masked, span_mask
 from lance_quant.model.positions import block_mask
 
 CASES = [
@@ -33,6 +33,29 @@ def test_attend(lengths, modes, context):
     wide = (part.repeat_interleave(3, dim=1) for part in (k, v))
     expected = F.scaled_dot_product_attention(q, *wide, attn_mask=mask)
     torch.testing.assert_close(attend(q, k, v, spans_of(lengths, modes)), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("lengths", "modes"), [*CASES, ((3, 4, 3), ("causal", "aside", "causal"))])
+@pytest.mark.parametrize("context", [0, 3])
+def test_by_a_mask_at_once(lengths, modes, context):
+    generator = torch.Generator().manual_seed(5)
+    n = sum(lengths)
+    q = torch.randn(2, 6, n, 8, generator=generator)
+    k, v = (torch.randn(2, 2, context + n, 8, generator=generator) for _ in range(2))
+    spans = spans_of(lengths, modes)
+    mask = span_mask(spans, context, q.dtype, q.device)
+    assert mask.shape == (n, context + n) and mask.stride(0) % 16 == 0
+    torch.testing.assert_close(attend_masked(q, k, v, mask), attend(q, k, v, spans), rtol=1e-5, atol=1e-6)
+
+
+def test_what_stands_aside_is_causal_and_not_seen_behind():
+    generator = torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(1, 2, 10, 8, generator=generator) for _ in range(3))
+    found = attend(q, k, v, spans_of((3, 4, 3), ("causal", "aside", "causal")))
+    torch.testing.assert_close(found[:, :, :7], attend(*(part[:, :, :7] for part in (q, k, v)), [(0, 7, "causal")]))
+    kept = [*range(3), *range(7, 10)]
+    alone = attend(*(part[:, :, kept] for part in (q, k, v)), [(0, 6, "causal")])
+    torch.testing.assert_close(found[:, :, 7:], alone[:, :, 3:])
 
 
 def test_without_spans_every_token_sees_everything():

@@ -54,7 +54,7 @@ def test_the_branches_share_what_stands_before_the_caption(stand, task, faithful
     start = initial_state(sample, 3, 48, torch.float32)
     cfg = FlowConfig(steps=2, faithful=faithful)
     flow = start_flow(lance, sample, start, cfg)
-    monkeypatch.setattr(sampler.KVCache, "begin_as", lambda *_: None)  # nothing is taken over
+    monkeypatch.setattr(sampler.KVCache, "take", lambda *_: None)  # nothing is taken over
     monkeypatch.setattr(sampler, "first_caption", lambda *_: 0)
     alone = start_flow(lance, sample, start, cfg)
     for ours, theirs in zip(flow.caches, alone.caches, strict=True):

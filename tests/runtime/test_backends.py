@@ -113,7 +113,8 @@ class OnGpu:
         (2, 31, 64, "triton_gemv"),
         (8, 64, 16, "triton_gemm"),
         (17, 64, 64, "triton_gemm"),
-        (65, 64, 64, "triton_dequant_cublas"),
+        (128, 64, 64, "triton_gemm"),
+        (129, 64, 64, "triton_dequant_cublas"),
     ],
 )
 def test_what_a_gpu_takes_without_a_table(monkeypatch, rows, outputs, group, wanted):

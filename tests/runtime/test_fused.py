@@ -15,11 +15,11 @@ from lance_quant.model.linear import Linear
 from lance_quant.model.prompts import load_tokenizer
 from lance_quant.model.request import Request
 from lance_quant.model.routing import Routing
-from lance_quant.model.sampler import FlowConfig, initial_state, run_flow, start_flow
+from lance_quant.model.sampler import CachedFlow, FlowConfig, initial_state, run_flow, start_flow
 from lance_quant.model.understanding import answer, forced_logits
+from lance_quant.model.vae import load_vae
 from lance_quant.runtime import fused
 from lance_quant.runtime.accelerate import accelerate, answer_together
-from lance_quant.runtime.fused import Streams, use_streams
 from lance_quant.runtime.kernels.early import can_start_early
 from tests.random_checkpoint import random_checkpoint
 from tests.random_int4 import random_int4
@@ -40,7 +40,8 @@ def pair(checkpoint, request):
 def sample_of(checkpoint, task: str, prompt: str = "a red circle"):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8))
     request = Request(task=task, name="it", prompt=prompt, image=picture, height=48, width=64)
-    return prepare(request, load_tokenizer(checkpoint.folder), checkpoint.edges(task))
+    vae = load_vae(checkpoint.vae_file) if task == "image_edit" else None
+    return prepare(request, load_tokenizer(checkpoint.folder), checkpoint.edges(task), vae)
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -101,20 +102,26 @@ def test_drawing(checkpoint, pair, guidance):
     close(finals[1], finals[0])
 
 
-@torch.inference_mode()
-def test_experts_side_by_side(pair, monkeypatch):
-    """On a CPU there are no streams, and the order of the work alone is another."""
-    monkeypatch.setattr(fused, "MANY_ROWS", 1)
-    decoder = pair[1].language_model.model
-    torch.manual_seed(0)
-    hidden = torch.randn(2, 8, decoder.config.hidden_size).to(pair[0].dtype)
-    positions, mask = torch.arange(8).expand(2, 3, 8), torch.arange(8) > 1
-    out = []
-    for streams in (Streams(), Streams(beside=True, early=True)):
-        use_streams(decoder, streams)
-        out.append(decoder(hidden, positions, Routing.of(mask)))
-    use_streams(decoder, Streams())
-    assert torch.equal(out[0], out[1]) and decoder.beside is None
+@pytest.mark.parametrize(("task", "passes"), [("t2i", 1), ("image_edit", 4)])
+@pytest.mark.parametrize("faithful", [True, False])
+def test_both_contexts_go_through_the_layers_at_once(checkpoint, pair, task, passes, faithful, monkeypatch):
+    """And hold what each holds that went through by itself."""
+    sample, cfg, flows, calls = sample_of(checkpoint, task), FlowConfig(faithful=faithful), [], []
+    for lance in pair:
+        state = initial_state(sample, 1, 48, lance.dtype)
+        decoder = lance.language_model.model
+        real = decoder.forward
+        with monkeypatch.context() as patch:
+            patch.setattr(decoder, "forward", lambda *given, real=real: calls.append(given) or real(*given))
+            flows.append(CachedFlow(lance, sample, state, cfg))
+        if lance is pair[0]:
+            calls.clear()
+    assert len(calls) == passes
+    for ours, theirs in zip(flows[1].caches, flows[0].caches, strict=True):
+        assert ours.length == theirs.length
+        for name in ("keys", "values"):
+            close(*(getattr(each, name)[:, :, :, : each.length] for each in (ours, theirs)))
+    assert torch.equal(flows[0].positions, flows[1].positions)
 
 
 @torch.inference_mode()
