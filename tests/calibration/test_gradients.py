@@ -70,13 +70,16 @@ def last_of(lance, states, one, number):
     return torch.autograd.grad(along, states)[0]
 
 
-def test_each_sequence_and_each_seed_draws_anew(checkpoint, captured, tmp_path):
-    capture(checkpoint, replace(CFG, seed=1, tasks=["t2i"]), tmp_path / "one", "cpu")
-    write_gradients(checkpoint, tmp_path / "one", 10**6, 1, "cpu")
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+)
+def test_each_seed_draws_anew_and_one_the_same_again(checkpoint, tmp_path, device):
+    capture(checkpoint, replace(CFG, seed=1, tasks=["t2i"]), tmp_path / "one", device)
+    write_gradients(checkpoint, tmp_path / "one", 10**6, 1, device)
     ours = read_gradients(tmp_path / "one", 1)
-    write_gradients(checkpoint, tmp_path / "one", 10**6, 2, "cpu")
+    write_gradients(checkpoint, tmp_path / "one", 10**6, 2, device)
     assert not torch.equal(ours[0], read_gradients(tmp_path / "one", 1)[0])
-    write_gradients(checkpoint, tmp_path / "one", 10**6, 1, "cpu")
+    write_gradients(checkpoint, tmp_path / "one", 10**6, 1, device)
     assert torch.equal(ours[0], read_gradients(tmp_path / "one", 1)[0])
 
 

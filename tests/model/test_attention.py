@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import lance_quant.model.attention as attention
+from lance_quant.devices import repeatable
 from lance_quant.model.attention import attend, attend_masked, span_mask
 from lance_quant.model.positions import block_mask
 
@@ -89,3 +90,14 @@ def test_a_way_back_of_fixed_order_gives_the_same(lengths, modes, context, monke
     calls.clear()
     attend(q.detach(), k, v, spans_of(lengths, modes))
     assert not calls
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_way_back_of_fixed_order_has_the_same_bits_on_a_gpu():
+    q, k, v = (torch.randn(1, heads, 3000, 64, device="cuda", requires_grad=True) for heads in (8, 2, 2))
+    pull, spans, found = torch.randn_like(q), [(0, 700, "causal"), (700, 3000, "noise")], []
+    for _ in range(3):
+        with repeatable("cuda"):
+            found.append(torch.autograd.grad(attend(q, k, v, spans), (q, k, v), pull))
+    for again in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(found[0], again, strict=True))
