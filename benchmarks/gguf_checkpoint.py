@@ -56,14 +56,24 @@ class Source:
 
     def __init__(self, path: Path):
         try:
-            from gguf import GGUFReader
+            from gguf import GGML_QUANT_SIZES, GGUFReader
         except ImportError:
             raise LanceQuantError("reading a GGUF file needs the package gguf: pip install -e '.[quality]'") from None
         if not Path(path).is_file():
             raise LanceQuantError(f"there is no GGUF file at {path}")
         self.path, self.taken = path, set()
+        blocks = {kind.value: (kind.name, block) for kind, (block, _) in GGML_QUANT_SIZES.items()}
+
+        class Reader(GGUFReader):
+            def _build_tensors(reader, start: int, fields: list) -> None:
+                """Of a type that it cannot take the library does not say which tensor has it."""
+                for field in fields:
+                    _, name, _, sizes, kind, _ = field.parts
+                    self.check_stored(bytes(name).decode(), int(sizes[0]), int(kind[0]), blocks)
+                super()._build_tensors(start, fields)
+
         try:
-            reader = GGUFReader(str(path))
+            reader = Reader(str(path))
         except (ValueError, KeyError, IndexError) as error:  # the library checks nothing but the first bytes
             raise LanceQuantError(f"{path} is not a whole GGUF file ({error}): fetch it again") from None
         self.fields = {field.name: field for field in reader.fields.values()}
@@ -71,6 +81,19 @@ class Source:
         self.architecture = self.field("general.architecture")
         if self.architecture not in ARCHITECTURES:
             raise self.refusal(f"is a model of type {self.architecture}: give one of type {' or '.join(ARCHITECTURES)}")
+
+    def check_stored(self, name: str, width: int, kind: int, blocks: dict[int, tuple[str, int]]) -> None:
+        """Refuse a tensor whose type is unknown, or of blocks that its rows do not consist of."""
+        if kind not in blocks:
+            raise self.refusal(
+                f"holds {name} as type {kind}, which gguf does not know: update gguf, or give a file of another type"
+            )
+        called, block = blocks[kind]
+        if width % block:
+            raise self.refusal(
+                f"holds {name} as {called}, whose blocks of {block} do not divide its width of {width}: "
+                "convert the model anew"
+            )
 
     def refusal(self, why: str) -> LanceQuantError:
         return LanceQuantError(f"{self.path} {why}")
@@ -108,14 +131,17 @@ class Source:
         return torch.from_numpy(np.array(value, dtype=np.float32))
 
 
-def write_checkpoint(gguf: Path, folder: Path) -> dict:
-    """Write model.safetensors (F32), llm_config.json and tokenizer.json into `folder`; returns the config.
+def write_checkpoint(gguf: Path, folder: Path, rotate: bool = False) -> dict:
+    """Write model.safetensors (F32), llm_config.json and tokenizer.json into `folder`; returns the config. rotate: see
+    `rotate_values`.
 
     Raises LanceQuantError for a file that is none, or whose model the text layout would not be equal to.
     """
     source = Source(gguf)
     config, tokenizer = read_config(source), read_tokenizer(source)
     tensors = read_tensors(source, config)
+    if rotate:
+        rotate_values(tensors, config)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "llm_config.json").write_text(json.dumps(config, indent=1) + "\n")
@@ -188,6 +214,32 @@ def read_tensors(source: Source, config: dict) -> dict[str, torch.Tensor]:
     if left:
         raise source.refusal(f"holds {left[0]}, which the text layout has no place for: give another model")
     return tensors
+
+
+def rotate_values(tensors: dict[str, torch.Tensor], config: dict) -> None:
+    """Turn each head's values by one rotation, rows and biases of v_proj, and o_proj's columns back. What attention
+    puts out is linear in them, so the model stays the same, but for rounding."""
+    head = config["head_dim"]
+    turn = rotation(head)
+    for layer in range(config["num_hidden_layers"]):
+        for path in PATHS:
+            v, o = (linear_name(layer, path, "self_attn", leaf) for leaf in ("v_proj", "o_proj"))
+            for key in (f"{v}.weight", f"{v}.bias") if config["attention_bias"] else (f"{v}.weight",):
+                values = tensors[key].double().reshape(-1, head, tensors[key][0].numel())
+                tensors[key] = (turn @ values).reshape(tensors[key].shape).float()
+            read = tensors[f"{o}.weight"].double().unflatten(1, (-1, head))
+            tensors[f"{o}.weight"] = (read @ turn.T).flatten(1).float()
+
+
+def rotation(size: int) -> torch.Tensor:
+    """Orthogonal float64 [size, size]: Hadamard's where size is a power of two, else a drawn one."""
+    if size & (size - 1):
+        draw = torch.Generator().manual_seed(0)
+        return torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=draw)).Q
+    turn = torch.ones(1, 1, dtype=torch.float64)
+    while len(turn) < size:
+        turn = torch.cat([torch.cat([turn, turn], 1), torch.cat([turn, -turn], 1)])
+    return turn / size**0.5
 
 
 def read_tokenizer(source: Source) -> Tokenizer:

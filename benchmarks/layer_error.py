@@ -70,15 +70,15 @@ def compare(args) -> None:
     check_args(args)
     layers = dict.fromkeys(integers("--layers", args.layers))  # each once
     recipes = [replace(recipe_of(label), sequential=False) for label in dict.fromkeys(args.recipes.split(","))]
+    kept = kept_of(args, recipes)
     with tempfile.TemporaryDirectory(dir=args.work) as scratch:
         work = Path(scratch)
-        checkpoint = written(args.gguf, work / "model")
+        checkpoint = written(args.gguf, work / "model", args.rotate)
         count = checkpoint.config.num_hidden_layers
         for layer in layers:
             if not 0 <= layer < count:
                 raise LanceQuantError(f"--layers has {layer}, and the model's are 0 to {count - 1}")
         check_groups(checkpoint.config, recipes, args.group_size)
-        kept = kept_of(args, recipes)
         texts = texts_of(args, checkpoint.config, work)
         fitted, held = (len(pieces) * PIECE for pieces in cut(checkpoint, texts))
         print(f"{fitted} of {texts[0][1]} calibration tokens, {held} of {texts[1][1]} held out")

@@ -1,5 +1,5 @@
 """Recipes on a language model:  python benchmarks/quality_lm.py GGUF [--recipes minmax,published,awq,best]
-    [--group-size 64] [--seeds 0,1] [--calibration DIR] [--evaluation DIR] [--out results.jsonl]
+    [--group-size 64] [--seeds 0,1] [--calibration DIR] [--evaluation DIR] [--rotate] [--out results.jsonl]
 
 Writes the GGUF file (llama or qwen2 type) as a checkpoint of the text layout, and runs the product's own capture,
 search and pack on plain text for each recipe and seed; each packed folder is dequantized and its next-token
@@ -66,14 +66,33 @@ def check_args(args) -> None:
     """What can be said before the model is read; `--device` is resolved. Raises LanceQuantError."""
     check_packable(args.bits)
     args.device = choose_device(args.device)
+    for option, least in (("rows", 1), ("gradient_tokens", 0)):
+        if getattr(args, option) < least:
+            raise LanceQuantError(f"{flag(option)}={getattr(args, option)} must be at least {least}")
     for option in ("calibration_tokens", "evaluation_tokens"):
         value = getattr(args, option)
         if value is not None and value < PIECE:
-            raise LanceQuantError(f"--{option.replace('_', '-')}={value} makes no piece: give {PIECE} or more")
+            raise LanceQuantError(f"{flag(option)}={value} makes no piece: give {PIECE} or more")
     if args.work and not args.work.is_dir():
         raise LanceQuantError(f"--work={args.work} is no folder: make it first")
     if args.out and not args.out.absolute().parent.is_dir():
         raise LanceQuantError(f"--out={args.out} lies in no folder: make {args.out.parent} first")
+    if args.out and args.out.is_dir():
+        raise LanceQuantError(f"--out={args.out} is a folder: name a file in it, such as {args.out / 'results.jsonl'}")
+
+
+def flag(option: str) -> str:
+    """An option as it is given."""
+    return f"--{option.replace('_', '-')}"
+
+
+def seeds_of(words: str) -> list[int]:
+    """Raises LanceQuantError for what no seed may be."""
+    seeds = integers("--seeds", words)
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            raise LanceQuantError(f"--seeds has {seed}, which must lie between 0 and 2**32 - 1")
+    return seeds
 
 
 def check_groups(config: LanceConfig, recipes: list[RecipeConfig], group_size: int) -> None:
@@ -89,8 +108,16 @@ def text_config(name: str, path: Path, tokens: int, seed: int = 0, **changes) ->
 
 
 def kept_of(args, recipes: list[RecipeConfig]) -> dict[str, int]:
-    """What a capture keeps: every sequence, and gradients where a recipe looks at them."""
-    gradients = args.gradient_tokens if any(recipe.gradients for recipe in recipes) else 0
+    """What a capture keeps: every sequence, and gradients where a recipe looks at them.
+
+    Raises LanceQuantError where these are wanted and none are kept.
+    """
+    looks = next((recipe.name for recipe in recipes if recipe.gradients), None)
+    if looks and not args.gradient_tokens:
+        raise LanceQuantError(
+            f"recipe {looks} weighs errors by gradients, and --gradient-tokens=0 keeps none: raise it"
+        )
+    gradients = args.gradient_tokens if looks else 0
     return {"rows_per_site": args.rows, "sequences": 10**6, "sequence_tokens": 10**9, "gradient_tokens": gradients}
 
 
@@ -233,16 +260,17 @@ def in_a_sentence(work: Callable, args) -> None:
         sys.exit(f"error: {error}")
 
 
-def written(gguf: Path, folder: Path) -> Checkpoint:
+def written(gguf: Path, folder: Path, rotate: bool = False) -> Checkpoint:
     """The GGUF file as a checkpoint in `folder`."""
-    write_checkpoint(gguf, folder)
+    write_checkpoint(gguf, folder, rotate)
     return open_checkpoint(CheckpointConfig(name="text", path=str(folder)))
 
 
 @torch.no_grad()
 def compare(args) -> None:
     check_args(args)
-    recipes, seeds = [recipe_of(label) for label in args.recipes.split(",")], integers("--seeds", args.seeds)
+    recipes, seeds = [recipe_of(label) for label in args.recipes.split(",")], seeds_of(args.seeds)
+    kept = kept_of(args, recipes)
     with tempfile.TemporaryDirectory(dir=args.work) as scratch:
         work = Path(scratch)
         checkpoint = written(args.gguf, work / "model")
@@ -254,18 +282,19 @@ def compare(args) -> None:
             raise LanceQuantError(f"{texts[1][0]} gives one piece of {PIECE} tokens to evaluate with: +- needs two")
         print(
             f"{Path(args.gguf).name}: {config.num_hidden_layers} layers, hidden {config.hidden_size}, "
-            f"{config.num_attention_heads}/{config.num_key_value_heads} heads; {args.bits} bits, group size "
-            f"{args.group_size}, on {args.device}; {len(fitted) * PIECE} of {texts[0][1]} calibration tokens, "
-            f"{len(pieces) * PIECE} of {texts[1][1]} to evaluate with"
+            f"{config.num_attention_heads}/{config.num_key_value_heads} heads{', rotated values' * args.rotate}; "
+            f"{args.bits} bits, group size {args.group_size}, on {args.device}; {len(fitted) * PIECE} of "
+            f"{texts[0][1]} calibration tokens, {len(pieces) * PIECE} of {texts[1][1]} to evaluate with"
         )
         pieces = torch.tensor(pieces, device=args.device)
         lance = bf16_model(checkpoint, args.device)
         held = Held(pieces, states_of(lance.language_model.model, pieces))
+        if args.rotate:  # what is compared with stays the model as it came
+            checkpoint = written(args.gguf, work / "model", rotate=True)
         print(HEADER)
         for seed in seeds:
             captured = work / f"capture{seed}"
             captured.mkdir()
-            kept = kept_of(args, recipes)
             capture(checkpoint, text_config("text", *texts[0], seed, **kept), captured, args.device)
             for recipe in recipes:
                 started = time.monotonic()
@@ -274,7 +303,7 @@ def compare(args) -> None:
                 seconds = time.monotonic() - started
                 put_packed(lance, packed, config.num_hidden_layers)
                 row = {"model": Path(args.gguf).name, "recipe": recipe.name, "seed": seed, "bits": args.bits}
-                row |= {"group_size": args.group_size, "calibration_tokens": len(fitted) * PIECE}
+                row |= {"group_size": args.group_size, "calibration_tokens": len(fitted) * PIECE, "rotate": args.rotate}
                 row |= {**asdict(score(lance, held)), "seconds": round(seconds, 1)}
                 row |= {"host_bytes": meter.host_bytes, "gpu_bytes": meter.gpu_bytes, "device": args.device}
                 tell(row, args.out)
@@ -321,6 +350,11 @@ def parser_of(text: str) -> argparse.ArgumentParser:
     parser.add_argument("--evaluation-tokens", type=int, default=20480)
     parser.add_argument("--gradient-tokens", type=int, default=16384, help="about so many of them with gradients")
     parser.add_argument("--rows", type=int, default=2048, help="rows captured of a site, beside the sequences")
+    parser.add_argument(
+        "--rotate",
+        action="store_true",
+        help="quantize an equal model whose values are rotated within each head; compared with the file's own",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work", type=Path, help="where the working folder goes")
     parser.add_argument("--out", type=Path, help="JSON lines, appended")

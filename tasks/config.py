@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 import lance_quant
 from lance_quant.awq.config import RecipeConfig
 from lance_quant.awq.limits import check_packable
-from lance_quant.calibration.config import CalibrationConfig
+from lance_quant.calibration.config import TEXT, CalibrationConfig
 from lance_quant.checkpoint.config import CheckpointConfig
 from lance_quant.errors import LanceQuantError
 from lance_quant.evaluation.config import EvaluationConfig
@@ -71,13 +71,29 @@ class RunConfig:
         if not 0 <= self.seed < 2**32:
             raise LanceQuantError(f"seed={self.seed} must lie between 0 and 2**32 - 1")
         self.recipe.name = honest_name(self.recipe)
-        if self.recipe.gradients and not self.calibration.gradient_tokens:
-            raise LanceQuantError(
-                f"recipe {self.recipe.name} weighs errors by gradients and calibration.gradient_tokens=0 keeps none: "
-                "set it to 32000, or recipe.gradients=false"
-            )
+        self._check_calibration()
         if not self.artifacts:
             raise LanceQuantError("artifacts must name a folder, for example artifacts=artifacts")
+
+    def _check_calibration(self) -> None:
+        """That the capture holds what the recipe looks at, and that no task is asked for in vain."""
+        recipe, calibration = self.recipe, self.calibration
+        for name, enough in (("sequences", 2), ("sequence_tokens", 32000)):
+            if recipe.needs_sequences and not getattr(calibration, name):
+                raise LanceQuantError(
+                    f"recipe {recipe.name} runs kept sequences and calibration.{name}=0 keeps none: "
+                    f"set it to {enough}, or take recipe=awq"
+                )
+        if recipe.gradients and not calibration.gradient_tokens:
+            raise LanceQuantError(
+                f"recipe {recipe.name} weighs errors by gradients and calibration.gradient_tokens=0 keeps none: "
+                "set it to 32000, or recipe.gradients=false"
+            )
+        if calibration.source == TEXT and calibration.tasks != "auto" and list(calibration.tasks) != [TEXT]:
+            raise LanceQuantError(
+                f"calibration.tasks={list(calibration.tasks)} with calibration.source=text, which has no task but "
+                "text: leave it at auto"
+            )
 
 
 def register() -> None:

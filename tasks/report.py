@@ -1,6 +1,6 @@
 """report: scores, answers and pictures side by side -> report.html, report.md, and the folder to publish.
 
-report.html   report.md   pictures/   README.md
+report.html   report.md   pictures/   README.md   sensitivity.parquet
 model/        the packed files (hard links, or copies where the file system has none) with README.md, the model card
 """
 
@@ -17,7 +17,7 @@ from tasks.config import RunConfig
 from tasks.stage import as_state
 from tasks.store import MANIFEST, Artifact, Identity, Store
 
-REVISION = 2
+REVISION = 3
 MODEL = "model"
 
 

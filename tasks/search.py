@@ -16,7 +16,7 @@ from tasks.config import RunConfig, read_fields
 from tasks.stage import Devices, Stopped, as_state
 from tasks.store import Artifact, Identity, Store
 
-REVISION = 5
+REVISION = 6
 
 
 def may_pass(task: Any, run: Any, state: Any) -> bool:

@@ -6,9 +6,11 @@
     ingredients.parquet   a row a linear and ingredient: its error from there on
     prefix.safetensors    of sequential recipes: each kept sequence as it leaves the rounded layer, bf16
 
-Errors of linears are those of their own outputs on what calibration holds of their inputs: float ones, save those of
-kept sequences in sequential recipes, which are as the rounded layers before leave them. The residual and learned
-rounding answer for the whole layer and may raise one linear's error to lower the layer's.
+Errors of linears are those of their own outputs on the rows that choices are made by (`Split.judge`), kept sequences'
+among them; tasks count by calibration.weights. Inputs are the float model's, save those of kept sequences in sequential
+recipes, which are as the rounded layers before leave them. The residual and learned rounding answer for the whole layer
+and may raise one linear's error to lower the layer's; gradients raise `error`, which counts all directions of the
+outputs alike, to lower `weighed`, which counts what they do to velocities and logits (`outputs.py`).
 """
 
 from dataclasses import dataclass, field
@@ -59,9 +61,12 @@ LINEARS = pa.schema(
         ("alpha", pa.float64()),
         ("clip_low", pa.float64()),  # share of its groups' low ends that is kept, the mean; null where none was sought
         ("clip_high", pa.float64()),
-        ("error_kind", pa.string()),  # "output": relative L2 on captured rows, each task alike; "weight": relative L2
+        # "output": relative L2 of its outputs on held-out rows, tasks by their weights; "weight": of itself
+        ("error_kind", pa.string()),
         ("error_before", pa.float64()),  # rounded to nearest without any fold
         ("error_after", pa.float64()),
+        ("weighed_before", pa.float64()),  # of outputs as gradients weigh them; null where none tells
+        ("weighed_after", pa.float64()),
     ]
 )
 INGREDIENTS = pa.schema(
@@ -73,6 +78,8 @@ INGREDIENTS = pa.schema(
         ("error_kind", pa.string()),
         ("error", pa.float64()),
         ("share", pa.float64()),  # of minmax's error, what this ingredient took off; null of minmax itself
+        ("weighed", pa.float64()),  # as in LINEARS; null of the layer as a whole
+        ("weighed_share", pa.float64()),
     ]
 )
 
@@ -120,6 +127,7 @@ class LayerResult:
 
 
 def write_layer(layer: int, bits: int, result: LayerResult, out: Path) -> LayerSummary:
+    """The layer's tensors and tables into the folder `out`; codes of more than 4 bits take a byte each."""
     tensors = dict(result.folded_tensors)
     tensors |= {f"scale.{found.fold.name}": found.scale for found in result.found}
     for name, rounded in result.rounded.items():

@@ -1,6 +1,6 @@
 """`Block`: one layer of the product's own decoder, run on kept sequences with whatever weights are at hand.
 
-    block = Block(config, layer, tensors, sequences, device)
+    block = Block(config, layer, sequences, device)
     block.outputs(tensors, batch)      what the layer puts out
     block.read(tensors)                that, the states behind attention and what its linears read
 

@@ -31,6 +31,7 @@ def group_blocks(moments: Tensor, group_size: int) -> Tensor:
 
 
 def clip_linear(made: Draft, moments: Tensor, recipe: RecipeConfig) -> tuple[Draft, float, float]:
+    """The draft over shorter ranges, and the two shares that all of them kept."""
     groups = grouped(made.latent, made.grid.group_size)
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     best, least, chosen = made, None, (1.0, 1.0)
@@ -45,6 +46,7 @@ def clip_linear(made: Draft, moments: Tensor, recipe: RecipeConfig) -> tuple[Dra
 
 
 def clip_groups(made: Draft, moments: Tensor, recipe: RecipeConfig) -> tuple[Draft, float, float]:
+    """The draft over shorter ranges, and the means of the shares that they kept."""
     blocks = group_blocks(moments, made.grid.group_size)
     rows = max(1, BLOCK // made.latent.shape[1])
     clip = form_of(clip_rows, moments)

@@ -19,7 +19,7 @@ class RecipeConfig:
     """How a layer is scaled and rounded.
 
     scoring: what a scale is judged by: "none" (no scales), "synthetic" (Gaussian rows at the captured mean |x|, as
-    the published quantizer does), "captured" (the captured rows, each task counting equally).
+    the published quantizer does), "captured" (the captured rows, tasks as in calibration.weights).
     folds: rows of `topology.FOLDS`, in the order in which they are searched.
     families: formulas of a scale (see `search.scale_of`); alphas: points of alpha on 0..1, both ends included.
     source_bf16: round the source to bf16 before anything else.

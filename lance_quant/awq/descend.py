@@ -3,7 +3,8 @@ outputs is least (coordinate descent, as QuantEase, arXiv 2309.01885, with the s
 
 Compensation never looks back: a column is rounded before it is known what the columns after it will take over. Here
 every column is rounded anew against what all the others came to be, group by group, each time after the group's step
-and zero point were fitted to its codes. Every move lowers the error; a pass that moves nothing ends it.
+and zero point were fitted to its codes. Every move lowers the error; a pass that moves no code ends it, whatever
+became of steps and zero points.
 """
 
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from torch import Tensor
 from lance_quant.awq.clip import group_blocks
 from lance_quant.awq.forms import form_of
 from lance_quant.awq.rounding import Draft
+from lance_quant.awq.score import TINY
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def _fit_step(group: Group) -> None:
     """As bf16."""
     steps = group.codes - group.zero
     along, curve = (steps * group.slope).sum(0), (steps * group.push).sum(0)
-    better = (group.step - along / curve.clamp(min=1e-30)).to(torch.bfloat16).float()
+    better = (group.step - along / curve.clamp(min=TINY)).to(torch.bfloat16).float()
     delta = better - group.step
     gain = (2 * along + delta * curve) * delta
     delta = torch.where((gain < 0) & (better > 0), delta * group.free, 0.0)

@@ -46,6 +46,7 @@ class Rounded:
 
 
 def grid_of(recipe: RecipeConfig, bits: int, group_size: int) -> Grid:
+    """The recipe's variant."""
     return Grid(
         bits=bits,
         group_size=group_size,
@@ -66,7 +67,7 @@ def step_and_zero(groups: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch
         scale = ((high - low) / grid.top).clamp(min=PUBLISHED_MIN_SCALE)
         scale = scale.to(torch.bfloat16).float() if grid.bf16_scale_codes else scale
         return scale, (-low / scale).round().clamp(0, grid.top)
-    constant = torch.where(low == high, low.abs(), 0.0)  # one step of its own size loses nothing
+    constant = torch.where(low == high, low.abs(), 0.0)  # one step of its own size: what bf16 takes is lost alone
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = torch.where(constant > 0, constant, (high - low) / grid.top).clamp(min=MIN_SCALE)
     if grid.bf16_scale_codes:

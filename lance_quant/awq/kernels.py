@@ -16,7 +16,7 @@ from lance_quant.awq import clip, score
 from lance_quant.awq.compensate import Columns
 from lance_quant.awq.config import RecipeConfig
 from lance_quant.awq.descend import Group
-from lance_quant.awq.grid import Grid
+from lance_quant.awq.grid import MIN_SCALE, Grid
 from lance_quant.awq.rounding import Draft
 
 OUT = 16  # output rows of a program
@@ -24,6 +24,7 @@ ROWS = 64  # of a clip's program: the fewest that Hopper's tensor cores take
 TILE = 2048  # weights of a rounding's program
 WIDEST = 128  # columns of a group whose second moments fit into shared memory
 HALF = tl.constexpr(12582912.0)  # 1.5 * 2^23: added and taken off again, it rounds half to even
+FLOOR, TINY = tl.constexpr(MIN_SCALE), tl.constexpr(score.TINY)
 
 
 @triton.jit
@@ -95,7 +96,7 @@ def _descend(
     pushes = tl.load(push + all_, mask=there, other=0.0)
     steps = tl.load(codes + all_, mask=there, other=0.0) - origin[None, :]
     along, curve = tl.sum(steps * slopes, 0), tl.sum(steps * pushes, 0)
-    better = _bf16(size - tl.div_rn(along, tl.maximum(curve, 1e-30)))
+    better = _bf16(size - tl.div_rn(along, tl.maximum(curve, TINY)))
     grown = better - size
     gain = (2 * along + grown * curve) * grown
     grown = tl.where((gain < 0) & (better > 0), grown * may, 0.0)
@@ -156,7 +157,7 @@ def _clip(
     for number in range(STEPS * STEPS):
         share_low, share_high = 1 - taken * (number // STEPS), 1 - taken * (number % STEPS)
         bottom, upper = low * share_low, high * share_high
-        size_ = _bf16(tl.maximum(tl.div_rn(upper - bottom, top), 7.888609052210118e-31))  # 2^-100
+        size_ = _bf16(tl.maximum(tl.div_rn(upper - bottom, top), FLOOR))
         origin = _nearest(tl.div_rn(-bottom, size_), top)
         code = _nearest(weight * (1 / size_)[:, None] + origin[:, None], top)
         change = tl.where(inside, (code - origin[:, None]) * size_[:, None] - weight, 0.0)
@@ -206,10 +207,10 @@ def _rounding(
     scaled = was * factor
     low = tl.min(tl.where(inside, scaled, float("inf")), 1)
     high = tl.max(tl.where(inside, scaled, float("-inf")), 1)
-    constant = (low == high) & (low != 0)  # one step of its own size loses nothing
+    constant = (low == high) & (low != 0)  # as in `grid.step_and_zero`
     bottom, upper = tl.minimum(low, 0.0), tl.maximum(high, 0.0)
     step = tl.where(constant, tl.abs(low), tl.div_rn(upper - bottom, top))
-    step = _bf16(tl.maximum(step, 7.888609052210118e-31))  # 2^-100
+    step = _bf16(tl.maximum(step, FLOOR))
     zero = _nearest(tl.div_rn(-bottom, step), top)
     code = _nearest(tl.div_rn(scaled, step[:, None]) + zero[:, None], top)
     rounded = (code - zero[:, None]) * step[:, None]

@@ -37,11 +37,13 @@ class Variable:
 
     @classmethod
     def of(cls, made: Draft) -> "Variable":
+        """From where the draft stands."""
         low, high = -made.zero * made.step, (made.grid.top - made.zero) * made.step
         offset = torch.zeros_like(made.latent) if made.offset is None else made.offset.clone()
         return cls(made, low, high, offset, torch.ones_like(low), torch.ones_like(high))
 
     def draft(self) -> Draft:
+        """As learned so far."""
         return replace(with_range(self.start, self.low * self.below, self.high * self.above), offset=self.offset)
 
     def move(self, gradient: Tensor, rate: float, range_rate: float) -> None:

@@ -24,8 +24,8 @@ class Split:
 
 def split_rows(rows: SiteRows, heldout: float) -> Split:
     """Every 1/heldout-th calibration sample of a task is held out, of four and more at least the last one, and of fewer
-    every so manieth row: the same token comes as a captured row, in a kept sequence and in the next forward of its
-    sample, and would be judged by what it was fitted to. Where a task has too few rows for that, none of any.
+    samples every 1/heldout-th row: the same token comes as a captured row, in a kept sequence and in the next forward
+    of its sample, and would be judged by what it was fitted to. Where a task has too few rows for that, none of any.
     """
     if not heldout:
         return Split(rows, rows)
@@ -45,6 +45,7 @@ def split_rows(rows: SiteRows, heldout: float) -> Split:
 
 
 def taken(rows: SiteRows, which: Tensor) -> SiteRows:
+    """Some of the rows."""
     return replace(
         rows, rows=rows.rows[which], task=rows.task[which], sample=None if rows.sample is None else rows.sample[which]
     )

@@ -124,7 +124,7 @@ class _Turns:
         if not len(rows):
             return None
         made, left = self.made, self.left[:, at].flatten(0, 1)
-        held = made.constant[rows].repeat_interleave(made.grid.group_size, dim=1)  # exact, and nothing may move them
+        held = made.constant[rows].repeat_interleave(made.grid.group_size, dim=1)  # of one value: nothing may move them
         latent = torch.where(held, made.latent[rows], left)
         return Draft(latent, made.step[rows], made.zero[rows], made.constant[rows], made.grid)
 

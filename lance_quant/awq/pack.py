@@ -12,9 +12,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 
+from lance_quant.awq.artifact import LAYER_FILE, LINEARS_FILE
 from lance_quant.awq.config import RecipeConfig
 from lance_quant.awq.limits import check_packable
-from lance_quant.awq.search import LAYER_FILE, LINEARS_FILE
 from lance_quant.checkpoint.layout import Checkpoint, targets
 from lance_quant.checkpoint.native import FOLDED, META_FILE, PARTS, STATE_FILE, packed_specs
 from lance_quant.checkpoint.reader import TensorReader

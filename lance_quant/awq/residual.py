@@ -98,7 +98,9 @@ def missing_parts(
     return made
 
 
-def _read(block, source, lesson, row, site, tensors) -> dict[str, tuple[Tensor, Tensor]]:
+def _read(
+    block: Block, source: Mapping[str, Tensor], lesson: Lesson, row: int, site: str, tensors: Mapping[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
     """What is read of the states as they are, and what of the float model's lacks, for one sequence."""
     if site == "qkv":
         ours, wanted = lesson.batch.states[row], lesson.entering[row]
@@ -115,7 +117,9 @@ def _read(block, source, lesson, row, site, tensors) -> dict[str, tuple[Tensor, 
     return found
 
 
-def _added(block, lesson, row, site, tensors) -> dict[str, tuple[Tensor, Tensor]]:
+def _added(
+    block: Block, lesson: Lesson, row: int, site: str, tensors: Mapping[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
     """What is read, and what the states that are added to lack, for one sequence."""
     traced = block.trace(tensors, lesson.batch.part([row]), [(path, site) for path in PATHS])
     ours, wanted = (traced.middle, lesson.middle) if site == "o" else (traced.out, lesson.wanted)

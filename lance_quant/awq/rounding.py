@@ -10,14 +10,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lance_quant.awq.grid import Grid, Rounded, grouped, step_and_zero
+from lance_quant.awq.grid import MIN_SCALE, Grid, Rounded, grouped, step_and_zero
 
 
 @dataclass(frozen=True)
 class Draft:
     """latent float32 [O, I]; step, zero float32 [O, I/G], step as it is stored; offset in -0.5..0.5 [O, I] or None.
 
-    constant: bool [O, I/G], groups of one value, which the grid holds exactly and nothing may move.
+    constant: bool [O, I/G], groups of one value, which is one step, off by its rounding to bf16 alone: nothing may move
+    them.
     """
 
     latent: Tensor
@@ -71,7 +72,7 @@ def stacked(drafts: list[Draft]) -> Draft:
 def with_range(made: Draft, low: Tensor, high: Tensor) -> Draft:
     """The draft over other ends [O, I/G] of its groups (low <= 0 <= high), constant groups aside."""
     grid = made.grid
-    step = ((high - low) / grid.top).clamp(min=2.0**-100).to(torch.bfloat16).float()
+    step = ((high - low) / grid.top).clamp(min=MIN_SCALE).to(torch.bfloat16).float()
     zero = (-low / step).round().clamp(0, grid.top)
     return replace(
         made, step=torch.where(made.constant, made.step, step), zero=torch.where(made.constant, made.zero, zero)

@@ -10,6 +10,7 @@ Any number of workers gives the same bytes: layers know nothing of each other, s
 rounded layer before leaves of the kept sequences.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from math import inf, sqrt
@@ -18,26 +19,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lance_quant.awq.artifact import (
-    IDENTITY,
-    INGREDIENTS,
-    LAYER_FILE,
-    LINEARS,
-    LINEARS_FILE,
-    PREFIX_FILE,
-    FoundScale,
-    LayerResult,
-    LayerSummary,
-    Trial,
-    write_layer,
-)
+from lance_quant.awq.artifact import IDENTITY, PREFIX_FILE, FoundScale, LayerResult, LayerSummary, Trial, write_layer
 from lance_quant.awq.block import Block, ReadRows, SiteInputs
 from lance_quant.awq.config import RecipeConfig
 from lance_quant.awq.grid import Grid, grid_of, quantize
 from lance_quant.awq.lessons import Lesson, lessons, weighed_lessons
 from lance_quant.awq.limits import check_bits, check_group_size, fallback_group
 from lance_quant.awq.moments import Split, split_rows
-from lance_quant.awq.outputs import OutputMoments, gradient_moments
+from lance_quant.awq.outputs import OutputMoments, gradient_moments, weighed
 from lance_quant.awq.refine import Refinement, Stage, refine
 from lance_quant.awq.rounding import draft
 from lance_quant.awq.score import SCORES, TINY, Evidence, OutputError, evidence, mean_activation
@@ -60,8 +49,7 @@ from lance_quant.checkpoint.writer import TensorSpec, TensorWriter
 from lance_quant.devices import current
 from lance_quant.errors import LanceQuantError
 from lance_quant.memory import release_memory
-
-__all__ = ["INGREDIENTS", "LAYER_FILE", "LINEARS", "LINEARS_FILE", "LayerJob", "search_layer"]
+from lance_quant.seeds import seed_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +169,7 @@ def quantize_layer(
         describe(target, stages, work, result, wanted)
     if work.losses:
         place = {"layer": job.layer, "path": "both", "name": "layer", "error_kind": "output"}
-        result.ingredients += bought({ingredient: sqrt(loss) for ingredient, loss in work.losses.items()}, place)
+        result.ingredients += bought({name: {"error": sqrt(loss)} for name, loss in work.losses.items()}, place)
     weights = {f"{target.name}.weight" for target in targets}
     result.folded_tensors = {
         key: tensor.to(torch.bfloat16)
@@ -198,6 +186,7 @@ def can_judge(fold: ResolvedFold, known: Evidence, recipe: RecipeConfig) -> bool
 
 
 def target_grid(target: Target, job: LayerJob) -> Grid:
+    """What a linear is rounded to: at the job's group size or, where that does not divide it, the recipe's fallback."""
     group = job.group_size
     if job.recipe.group_fallback:
         group = fallback_group(target.in_features, job.group_size)
@@ -222,7 +211,7 @@ def refinement(
     return Refinement(
         targets=targets,
         recipe=job.recipe,
-        seed=job.seed * 1_000_003 + job.layer,
+        seed=seed_of(job.seed, job.layer),
         source=source,
         folded=folded,
         columns=columns,
@@ -235,6 +224,7 @@ def refinement(
 
 
 def scheme(found: FoundScale | None, wanted: bool) -> str:
+    """What the native layout calls a linear. found: the search of its fold; wanted: whether the recipe has one."""
     if found is None:
         return UNSEEN if wanted else PLAIN
     return PLAIN if found.best.family == IDENTITY else FOLDED
@@ -243,17 +233,17 @@ def scheme(found: FoundScale | None, wanted: bool) -> str:
 def describe(target: Target, stages: list[Stage], work: Refinement, result: LayerResult, wanted: bool) -> None:
     """A linear's row of linears.parquet and its rows of ingredients.parquet."""
     weight, grid = work.weight(target), stages[0][1][target.name].grid
-    split = work.splits.get((target.path, target.site))
-    if split is None:
-        norm = weight.norm().clamp(min=1e-30)
-        error = lambda change: (change.norm() / norm).item()  # noqa: E731
-    else:
-        squared = OutputError(weight, split.judge)
-        error = lambda change: sqrt(squared(change))  # noqa: E731
-    kind = "weight" if split is None else "output"
-    errors = {"minmax": error(quantize(weight, grid).dequantize() - weight)}
+    split, outputs = work.splits.get((target.path, target.site)), work.outputs.get(target.name)
+    measures = {"error": relative_error(weight, split)}
+    if split is not None and outputs is not None:
+        measures["weighed"] = relative_error(weight, split, outputs)
+    change = quantize(weight, grid).dequantize() - weight
+    after = {"minmax": {name: measure(change) for name, measure in measures.items()}}
     for ingredient, drafts in stages:
-        errors[ingredient] = error(work.unfolded(target, drafts[target.name].weight()) - weight)
+        change = work.unfolded(target, drafts[target.name].weight()) - weight
+        after[ingredient] = {name: measure(change) for name, measure in measures.items()}
+    first, last = after["minmax"], after[stages[-1][0]]
+    kind = "weight" if split is None else "output"
     found = next((each for each in result.found if target in each.fold.consumers), None)
     low, high = work.clips.get(target.name, (None, None))
     place = {"layer": target.layer, "path": target.path, "name": target.name}
@@ -272,20 +262,37 @@ def describe(target: Target, stages: list[Stage], work: Refinement, result: Laye
             "clip_low": low,
             "clip_high": high,
             "error_kind": kind,
-            "error_before": errors["minmax"],
-            "error_after": errors[stages[-1][0]],
+            "error_before": first["error"],
+            "error_after": last["error"],
+            "weighed_before": first.get("weighed"),
+            "weighed_after": last.get("weighed"),
         }
     )
-    result.ingredients += bought(errors, place | {"error_kind": kind})
+    result.ingredients += bought(after, place | {"error_kind": kind})
 
 
-def bought(errors: dict[str, float], place: dict) -> list[dict]:
-    """Rows of ingredients.parquet from the error after each ingredient, the first one without any."""
-    rows, first, before = [], max(next(iter(errors.values())), TINY), None
-    for ingredient, error in errors.items():
-        share = None if before is None else (before - error) / first
-        rows.append(place | {"ingredient": ingredient, "error": error, "share": share})
-        before = error
+def relative_error(
+    weight: Tensor, split: Split | None, outputs: OutputMoments | None = None
+) -> Callable[[Tensor], float]:
+    """Change of a weight [O, I], unfolded -> relative L2 error of the linear's outputs on held-out rows, as they count
+    where `outputs` are given; of the weight itself where there are no rows."""
+    if split is None:
+        norm = weight.norm().clamp(min=TINY)
+        return lambda change: (change.norm() / norm).item()
+    squared = OutputError(weighed(weight, outputs), split.judge)
+    return lambda change: sqrt(squared(weighed(change, outputs)))
+
+
+def bought(after: dict[str, dict[str, float]], place: dict) -> list[dict]:
+    """Rows of ingredients.parquet from the errors after each ingredient, the first one without any."""
+    rows, first, before = [], next(iter(after.values())), None
+    for ingredient, errors in after.items():
+        row = place | {"ingredient": ingredient} | errors
+        for name, share in (("error", "share"), ("weighed", "weighed_share")):
+            known = before is not None and name in errors
+            row[share] = (before[name] - errors[name]) / max(first[name], TINY) if known else None
+        rows.append(row)
+        before = errors
     return rows
 
 
@@ -397,6 +404,7 @@ def read_prefix(job: LayerJob) -> dict[int, Tensor]:
 
 
 def write_prefix(states: dict[int, Tensor], out: Path) -> None:
+    """prefix.safetensors, which `read_prefix` reads; states: sequence number -> bf16 [tokens, hidden]."""
     specs = [TensorSpec(str(number), "BF16", tuple(state.shape)) for number, state in states.items()]
     with TensorWriter(out / PREFIX_FILE, specs) as writer:
         for spec in writer.specs:

@@ -28,9 +28,9 @@ from lance_quant.devices import repeatable
 from lance_quant.model.decoder import Decoder, Layer
 from lance_quant.model.lance import Lance
 from lance_quant.progress import Progress
+from lance_quant.seeds import seed_of
 
 LOGIT_ROWS = 256  # tokens whose logits are there at once
-SEEDS = 1_000_003  # draws of one seed
 
 
 @torch.enable_grad()
@@ -55,7 +55,7 @@ def write_gradients(
             with repeatable(device):
                 leaving = run(layer, decoder, one, entering)
                 if lance is not None:
-                    draw = torch.Generator(device).manual_seed(seed * SEEDS + number)
+                    draw = torch.Generator(device).manual_seed(seed_of(seed, number))
                     behind[number] = last_gradient(lance, leaving.detach(), one, draw)
                 (gradient,) = torch.autograd.grad(leaving, entering, behind[number].to(leaving))
             before[number] = gradient.to(torch.bfloat16)

@@ -27,6 +27,7 @@ from lance_quant.model.request import UNDERSTANDING, Request
 from lance_quant.model.sampler import FlowConfig, initial_state, is_guided, timesteps
 from lance_quant.model.sequence import Sample
 from lance_quant.model.vae import WanVAE
+from lance_quant.seeds import seed_of
 
 CONDITIONAL, UNCONDITIONAL = 0, 1
 NO_TIME = float("nan")
@@ -164,7 +165,7 @@ class Preparation:
         sample = replace(sample, clean_latents=clean)
         goal = _goal(request, sample, self.vae)
         flow = FlowConfig() if goal is not None else FlowConfig(steps=cfg.sampler_steps)
-        seed = cfg.seed * 1_000_003 + index
+        seed = seed_of(cfg.seed, index)
         state = initial_state(sample, seed, self.checkpoint.config.latent_channels, torch.float32)
         steps = _steps(flow, cfg, seed) if goal is not None else _own_steps(flow)
         return Job(index, sample, flow, steps, state, goal)

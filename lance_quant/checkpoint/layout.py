@@ -214,12 +214,15 @@ def open_checkpoint(cfg: CheckpointConfig) -> Checkpoint:
     if folder.is_file():
         raise LanceQuantError(f"checkpoint.path={folder} is a file: give the folder that holds it")
     if not folder.is_dir():
+        # a text model is anyone's
+        source = "" if cfg.name == "text" else f"get it from {HUB} and "
         raise LanceQuantError(
-            f"checkpoint '{cfg.name}' is not at {folder}: get it from {HUB} and give its folder as checkpoint.path=..."
+            f"checkpoint '{cfg.name}' is not at {folder}: {source}give its folder as checkpoint.path=..."
         )
+    such = "" if cfg.name == "text" else " (such as Lance_3B)"
     model_file = _first(
         [folder / "model.safetensors", folder / "ema.safetensors"],
-        f"{folder} holds no model.safetensors: give the model's own folder (such as Lance_3B) as checkpoint.path=...",
+        f"{folder} holds no model.safetensors: give the model's own folder{such} as checkpoint.path=...",
     )
     with TensorReader(model_file) as reader:
         layout = layout_of(reader.names())
@@ -308,7 +311,7 @@ def served_tasks(key: str, tasks, layout: str) -> list[str]:
         if task not in served:
             raise LanceQuantError(
                 f"{key} has '{task}', which a checkpoint of the {layout} layout does not serve: "
-                f"choose from {', '.join(served) or 'none, tasks=auto'}"
+                f"{'choose from ' + ', '.join(served) if served else 'leave it at auto'}"
             )
     return list(tasks)
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from lance_quant.checkpoint.layout import PATHS, SITES
 from lance_quant.evaluation.means import ALL
 from lance_quant.evaluation.names import PATH_TITLES, SCORES, TASK_COLUMNS, TASK_NAMES, counted
 from lance_quant.evaluation.rendering import decibel
+from lance_quant.evaluation.sensitivity import sensitivity
 from lance_quant.model.request import TASKS
 
 
@@ -40,7 +42,7 @@ COLUMNS = {
     "pictures": "name task prompt frames latent_relative_l2 psnr ssim correct_baseline correct_int4",
     "metrics": "task path score samples value",
     "losses": "layer path fold family alpha loss chosen",
-    "linears": "layer path name scheme group_size bits error_before error_after error_kind",
+    "ingredients": "layer path name ingredient error_kind error share weighed weighed_share",
     "coverage": "task path layer site tokens",
 }
 
@@ -64,9 +66,8 @@ class Findings:
         self.losses = table("losses", job.layers).sort_values(
             ["fold", "layer", "path", "family", "alpha"], ascending=[True, True, False, True, True], ignore_index=True
         )
-        self.linears = table("linears", job.layers).sort_values(
-            ["error_after", "name"], ascending=[False, True], ignore_index=True
-        )
+        self.sensitivity = sensitivity(job.layers, job.recipe)
+        self.ingredients = table("ingredients", job.layers)
         self.coverage = table("coverage", [job.capture] if job.capture else [])
 
     @property
@@ -194,6 +195,39 @@ class Findings:
         return chosen.drop(columns="chosen").reset_index(drop=True)
 
     @cached_property
+    def linears(self) -> list[dict]:
+        """Rows of the sensitivity table, the largest error first; `before`, `after`: weighed where gradients tell."""
+        rows = []
+        for row in self.sensitivity.to_pylist():
+            kind = "error" if row["weighed_after"] is None else "weighed"
+            rows.append(row | {"of": kind, "before": row[f"{kind}_before"], "after": row[f"{kind}_after"]})
+        return sorted(rows, key=lambda row: (-row["after"], row["layer"], row["name"]))
+
+    @property
+    def weighs(self) -> bool:
+        return any(row["of"] == "weighed" for row in self.linears)
+
+    @cached_property
+    def bought(self) -> dict | None:
+        """What each ingredient took off plain rounding's error: names, and rows of mean shares, one a path and site,
+        then one of the layers' outputs where kept sequences were run. None where the recipe has no ingredient.
+
+        Shares are of weighed errors where gradients tell; `left`: what all of them left.
+        """
+        steps = self.ingredients[self.ingredients["ingredient"] != "minmax"]
+        if not len(steps):
+            return None
+        names = list(steps["ingredient"].unique())
+        sites = {row["name"]: row["site"] for row in self.linears} | {"layer": "layer"}
+        shares = steps["weighed_share"].astype(float).fillna(steps["share"].astype(float))
+        steps = steps.assign(site=steps["name"].map(sites), share=shares)
+        means = steps.pivot_table(index=["path", "site"], columns="ingredient", values="share", aggfunc="mean")[names]
+        keys = [*((path, site) for path in PATHS for site in SITES), ("both", "layer")]
+        found = [(*key, means.loc[key]) for key in keys if key in means.index]
+        rows = [{"path": p, "site": s, "shares": rounded(part), "left": 1 - part.sum()} for p, s, part in found]
+        return {"ingredients": names, "rows": rows}
+
+    @cached_property
     def coverage_rows(self) -> list[dict]:
         """Per path and site: tokens of each task and of all in the layer that saw fewest, and whether they suffice."""
         rows = []
@@ -213,14 +247,15 @@ class Findings:
                     "enough": bool(total[at] >= self.job.min_tokens),
                 }
             )
-        return sorted(rows, key=lambda row: ("und gen".find(row["path"]), SITE_ORDER.find(row["site"]), row["site"]))
+        return sorted(rows, key=lambda row: (PATHS.index(row["path"]), SITES.index(row["site"])))
 
     @property
     def settings(self) -> list[tuple[str, str]]:
         return flatten(self.job.settings)
 
 
-SITE_ORDER = "qkv o gate_up down"
+def rounded(shares: pd.Series) -> list[float]:
+    return [round(float(share), 3) + 0.0 for share in shares]  # no "-0.0 %"
 
 
 def judged(rows: pd.DataFrame, column: str) -> dict | None:

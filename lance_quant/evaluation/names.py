@@ -38,6 +38,13 @@ SOURCE_NAMES = {  # of calibration and evaluation samples
     "text": "plain text",
 }
 PATH_TITLES = {"understanding": "Understanding", "generation": "Generation"}
+INGREDIENT_TITLES = {
+    "folds": "Folds",
+    "clip": "Clip",
+    "gptq": "GPTQ",
+    "residual": "Residual",
+    "learned": "Learned",
+}
 
 
 def counted(task: str, count: int) -> str:

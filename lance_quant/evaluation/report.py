@@ -1,4 +1,5 @@
-"""One run as a page: report.html (self-contained), report.md with its pictures/, README.md (the model card).
+"""One run as a page: report.html (self-contained), report.md with its pictures/, README.md (the model card); and
+sensitivity.parquet, a row a linear.
 
     write_report(ReportJob(name="tiny", recipe="awq", checkpoint=..., layers=..., ...), Path("artifacts/report/<key>"))
 
@@ -14,13 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 from PIL import Image
 
 from lance_quant.evaluation.card import write_card
 from lance_quant.evaluation.charts import Line, line_chart, loss_panel
 from lance_quant.evaluation.findings import Findings, ReportJob, packed_files
-from lance_quant.evaluation.names import SOURCE_NAMES, TASK_NAMES
+from lance_quant.evaluation.names import INGREDIENT_TITLES, SOURCE_NAMES, TASK_NAMES
 from lance_quant.evaluation.rendering import TEMPLATES, render
+from lance_quant.evaluation.sensitivity import SENSITIVITY_FILE
 from lance_quant.model.request import TASKS
 
 THUMBNAIL, PICTURE, STRIP = 192, 512, 1280  # longest edge of an embedded input, result and clip, pixels
@@ -39,6 +42,7 @@ class ReportSummary:
     html: str
     markdown: str
     card: str
+    sensitivity: str
     headline: str
     answers: int
     pictures: int
@@ -46,7 +50,7 @@ class ReportSummary:
 
 
 def write_report(job: ReportJob, out: Path) -> ReportSummary:
-    """Writes report.html, report.md, pictures/ and README.md into the existing folder `out`.
+    """Writes report.html, report.md, pictures/, README.md and sensitivity.parquet into the existing folder `out`.
 
     Tasks that were not evaluated leave their sections out.
     """
@@ -57,10 +61,12 @@ def write_report(job: ReportJob, out: Path) -> ReportSummary:
     page = render("report.html.j2", {**view, **html_view(found)})
     (out / "report.html").write_text(page, encoding="utf-8")
     write_card(job, out / "README.md")
+    pq.write_table(found.sensitivity, out / SENSITIVITY_FILE)
     return ReportSummary(
         html="report.html",
         markdown="report.md",
         card="README.md",
+        sensitivity=SENSITIVITY_FILE,
         headline=found.headline,
         answers=len(found.answers),
         pictures=len(found.pictures),
@@ -79,7 +85,10 @@ def common_view(found: Findings) -> dict:
         "pictures": by_task(found.pictures),
         "velocity": records(velocity_by_step(found.velocity)),
         "alphas": records(found.alphas),
-        "linears": records(found.linears.head(WORST)),
+        "linears": found.linears[:WORST],
+        "bought": found.bought,
+        "ingredient_titles": INGREDIENT_TITLES,
+        "sensitivity_file": SENSITIVITY_FILE,
         "files": packed_files(found.job),
     }
 

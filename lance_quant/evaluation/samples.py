@@ -13,6 +13,7 @@ from lance_quant.evaluation.config import EvaluationConfig, evaluated_tasks
 from lance_quant.model.request import GENERATION, GIVEN, Request
 from lance_quant.model.sampler import FlowConfig
 from lance_quant.model.vae import WanVAE, load_vae, vae_dtype
+from lance_quant.seeds import seed_of
 
 ANSWERS = "answers.parquet"
 STRIP_FRAMES, STRIP_EDGE, STRIP_GAP = 5, 256, 4  # of a clip as one picture: frames, their longest side, pixels between
@@ -64,8 +65,8 @@ def drawing_vae(checkpoint: Checkpoint, cfg: EvaluationConfig, device: str) -> W
 
 
 def noise_seed(cfg: EvaluationConfig, index: int) -> int:
-    """Each sample starts from noise of its own."""
-    return cfg.seed * 1_000_003 + index
+    """Each sample starts from noise of its own, and of none that was calibrated on."""
+    return seed_of(cfg.seed, index, held_out=True)
 
 
 def given_picture(request: Request) -> Image.Image | None:

@@ -20,6 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lance_quant.seeds import seed_of
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 AVERAGE_EVERY = 4  # steps
 SETTLE_EVERY = 10  # steps between two waits for the device, so that the clock stays true
@@ -100,7 +102,7 @@ class TrainingRun:
     def begin_step(self) -> torch.Generator:
         """Set the learning rate; returns the random numbers of this step."""
         self.set_rate(self.schedule.rate(self.step, self.elapsed))
-        return self._random.manual_seed(self.seed * 1_000_003 + self.step)
+        return self._random.manual_seed(seed_of(self.seed, self.step))
 
     def set_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:

@@ -9,20 +9,22 @@ import torch
 from safetensors.torch import load_file
 
 import lance_quant.awq.search as search
+from lance_quant.awq.artifact import INGREDIENTS
 from lance_quant.awq.block import Block
-from lance_quant.awq.clip import CLIPS, group_blocks
+from lance_quant.awq.clip import CLIPS, clip_rows, group_blocks, shares
 from lance_quant.awq.compensate import Compensation, inverse_factor
 from lance_quant.awq.config import RecipeConfig
 from lance_quant.awq.descend import descend
-from lance_quant.awq.grid import Grid
+from lance_quant.awq.grid import Grid, Rounded
 from lance_quant.awq.learn import Learning, learn, turns
-from lance_quant.awq.lessons import lessons
+from lance_quant.awq.lessons import first_lessons, lessons, whole_loss
 from lance_quant.awq.moments import split_rows
 from lance_quant.awq.rounding import draft
 from lance_quant.awq.score import SiteRows
 from lance_quant.awq.search import LayerJob, search_layer
 from lance_quant.awq.topology import FOLDS, apply, resolve
 from lance_quant.checkpoint.layout import layer_targets
+from lance_quant.checkpoint.native import unpack_nibbles
 from lance_quant.errors import LanceQuantError
 from tests.random_layers import random_checkpoint, random_layer, random_sequences, random_sites, small_config
 
@@ -103,6 +105,17 @@ def test_damping_grows_until_there_is_a_factor():
     torch.testing.assert_close(factor.T @ factor @ damped, torch.eye(64), atol=1e-3, rtol=0)
 
 
+def test_moments_without_a_factor_still_compensate():
+    """A few rows, and a little less than nothing in all other directions: as with the least damping that is enough."""
+    x = correlated(rows=8)
+    moments = x.T @ x
+    short = moments - 2e-4 * moments.diagonal().mean() * torch.eye(64)
+    weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(3))
+    nearest = draft(weight, GRID)
+    made, slight = Compensation(short, 1e-6)(nearest), Compensation(moments, 1e-3)(nearest)
+    assert error(weight, made, x) < 1.2 * error(weight, slight, x) < 0.1 * error(weight, nearest, x)
+
+
 @pytest.mark.parametrize("name", CLIPS)
 def test_a_clip_never_raises_its_own_error(name):
     x = correlated()
@@ -122,6 +135,18 @@ def test_a_clip_never_raises_its_own_error(name):
 
     assert own(made) < own(nearest) if name == "group" else own(made) <= own(nearest)
     assert torch.equal(made.weight()[3], weight[3]) and torch.equal(made.weight()[4, :16], weight[4, :16])
+
+
+@pytest.mark.parametrize("steps", [2, 3, 9])
+def test_a_clip_tries_as_many_shares_as_the_recipe_says(steps):
+    x, recipe = correlated(), RecipeConfig(clip_steps=steps, clip_least=0.5)
+    nearest = draft(torch.randn(400, 64, generator=torch.Generator().manual_seed(3)) ** 3, GRID)
+    wanted = torch.linspace(1, 0.5, steps)
+    assert shares(recipe) == pytest.approx(wanted.tolist())
+    for taken in clip_rows(nearest, group_blocks(x.T @ x, 16), recipe)[2:]:
+        torch.testing.assert_close(taken.unique(), wanted.flip(0))
+    _, *taken = CLIPS["linear"](nearest, x.T @ x, recipe)
+    assert all((wanted - one).abs().min() < 1e-6 for one in taken)
 
 
 def block_of(config, sequences=None) -> Block:
@@ -225,6 +250,19 @@ def test_a_massive_state_neither_drowns_the_others_nor_is_drowned_out():
     torch.testing.assert_close(share / share.sum(), norms / norms.sum(), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("tokens", [1, 96, 10**6])
+def test_some_sequences_of_a_lesson_stand_for_all(tokens):
+    """Of sequences that are all alike, some are off by as much as all of them."""
+    config = small_config()
+    question, picture = random_sequences(config, count=1)
+    block, tensors = block_of(config, [question] * 4 + [picture] * 4), random_layer(config)
+    taught = lessons(block, tensors, {})
+    some = first_lessons(taught, tokens)
+    assert [len(lesson.counts) for lesson in some] == 2 * [{1: 1, 96: 2}.get(tokens, 4)]
+    off = tensors | random_layer(config, seed=1)
+    assert whole_loss(block, off, some, 48) == pytest.approx(whole_loss(block, off, taught, 48), rel=1e-5)
+
+
 def test_every_sequence_has_its_turn_before_any_has_a_second():
     config = small_config()
     taught = lessons(block_of(config), random_layer(config), {})
@@ -304,7 +342,7 @@ def test_the_artifact_of_each_recipe(tmp_path, monkeypatch, recipe):
     linears = pd.read_parquet(out / "linears.parquet")
     assert summary.folded >= 7 and linears.clip_low.between(0.65, 1).all()
     ingredients = pd.read_parquet(out / "ingredients.parquet")
-    assert list(ingredients) == search.INGREDIENTS.names
+    assert list(ingredients) == INGREDIENTS.names
     each = ingredients[ingredients.name != "layer"].pivot(index="name", columns="ingredient", values="error")
     assert set(each) == {"minmax", "folds", "clip", *recipe.rounding}
     assert (each["gptq"] <= each["clip"] * (1 + 1e-9)).all()  # what does not help is not taken
@@ -359,6 +397,16 @@ def test_a_capture_without_sequences_is_refused_by_name(tmp_path, monkeypatch):
         )
 
 
+def as_written(source, file):
+    """A layer's tensors as its artifact holds them, folded norms and biases too."""
+    made = load_file(file)
+    tensors = {key: made.get(key, value).float() for key, value in source.items()}
+    for name in (key.removesuffix(".qweight") for key in made if key.endswith(".qweight")):
+        parts = (unpack_nibbles(made[f"{name}.qweight"]), made[f"{name}.scales"], made[f"{name}.zeros"])
+        tensors[f"{name}.weight"] = Rounded(*parts).dequantize()
+    return tensors
+
+
 def test_a_sequential_recipe_goes_on_where_the_layer_before_ended(tmp_path, monkeypatch):
     config = small_config(layers=2)
     checkpoint = random_checkpoint(tmp_path / "model", config)
@@ -378,6 +426,8 @@ def test_a_sequential_recipe_goes_on_where_the_layer_before_ended(tmp_path, monk
     assert set(left) == {str(number) for number in range(len(kept))}
     off = [(left[str(n)].float() - float_layer[n].float()).norm() / float_layer[n].float().norm() for n in float_layer]
     assert 0 < max(off) < 0.2
+    written = Block(config, 0, kept, "cpu").leave(as_written(tensors, folders[0] / "layer.safetensors"))
+    assert all(torch.equal(left[str(number)], state) for number, state in written.items())
     with pytest.raises(LanceQuantError, match="recipe chain is sequential: give search the artifact of layer 0"):
         search_layer(replace(job, layer=1), folders[1], "cpu")
     second = replace(job, layer=1, before=folders[0])

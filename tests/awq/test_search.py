@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from math import sqrt
 
 import pandas as pd
 import pytest
@@ -9,9 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lance_quant.awq.search as search
+from lance_quant.awq.artifact import LINEARS
 from lance_quant.awq.config import RecipeConfig
-from lance_quant.awq.grid import grid_of
-from lance_quant.awq.score import Evidence, OutputError, SiteRows, SyntheticScore
+from lance_quant.awq.grid import grid_of, quantize
+from lance_quant.awq.moments import split_rows
+from lance_quant.awq.score import Evidence, OutputError, SiteRows, SyntheticScore, evidence
 from lance_quant.awq.search import LayerJob, quantize_layer, read_tensors, search_layer
 from lance_quant.awq.topology import FOLDS, resolve
 from lance_quant.checkpoint.layout import layer_targets, targets
@@ -178,6 +181,27 @@ def test_each_task_counts_equally_whatever_its_size_and_rows():
     assert OutputError(weight, twice)(change) == pytest.approx(wanted, rel=1e-4)
 
 
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (3.0, 1.0), (0.5, 4.0)])
+def test_each_task_counts_as_its_weight_says(weights):
+    key, tasks = ("und", "qkv"), ("x2t_image", "t2i")
+    site = random_sites(small_config(), rows=60)[key]  # the second task's rows are thirty times as large
+    rows = site.rows.float()
+    draw = torch.Generator().manual_seed(0)
+    weight, change = torch.randn(8, 64, generator=draw), torch.randn(8, 64, generator=draw) * 0.01
+    known = evidence(
+        {key: replace(site, weights=dict(zip(tasks, weights, strict=True)))},
+        layer_targets(small_config(), 0),
+        by_token=False,
+        device="cpu",
+    )
+    apart = [((x @ change.T).norm() / (x @ weight.T).norm()).item() ** 2 for x in (rows[:30], rows[30:])]
+    wanted = sum(count * one for count, one in zip(weights, apart, strict=True)) / sum(weights)
+    assert OutputError(weight, known.rows[key])(change) == pytest.approx(wanted, rel=1e-4)
+    mean = sum(count * x.abs().mean(0) for count, x in zip(weights, (rows[:30], rows[30:]), strict=True)) / sum(weights)
+    for found in known.mean_abs.values():
+        torch.testing.assert_close(found, mean)
+
+
 def searched(tmp_path, monkeypatch, recipe=AWQ, name="out", sites=None, **changes):
     config = small_config()
     checkpoint = random_checkpoint(tmp_path / "model", config)
@@ -204,10 +228,24 @@ def test_the_artifact(tmp_path, monkeypatch):
         assert len(curve) == 1 + 2 * 21 and curve.chosen.sum() == 1
         assert curve.loss[curve.chosen].item() == curve.loss.min()
     linears = pd.read_parquet(out / "linears.parquet")
-    assert list(linears.name) == names and list(linears) == search.LINEARS.names
+    assert list(linears.name) == names and list(linears) == LINEARS.names
     assert summary.linears == 14 and summary.folded == 10
     assert summary.error_after == pytest.approx(linears.error_after.mean())
     assert summary.error_after < summary.error_before
+
+
+def test_errors_are_those_of_the_rows_that_are_held_out(tmp_path, monkeypatch):
+    out, _ = searched(tmp_path, monkeypatch, replace(AWQ, heldout=0.25))
+    linears = pd.read_parquet(out / "linears.parquet").set_index("name")
+    config = small_config()
+    known, source = random_evidence(config, outliers=9.0), load_file(tmp_path / "model" / "model.safetensors")
+    for target in layer_targets(config, 0):
+        weight, rows = source[f"{target.name}.weight"], known.rows_of(target)
+        judge = split_rows(rows, 0.25).judge
+        assert len(judge.rows) == len(rows.rows) // 4
+        nearest = quantize(weight, grid_of(AWQ, 4, 32)).dequantize()
+        error = sqrt(OutputError(weight, judge)(nearest - weight))
+        assert linears.error_before[target.name] == pytest.approx(error, rel=1e-5)
 
 
 @pytest.mark.parametrize("recipe", [AWQ, PUBLISHED, MINMAX], ids=lambda recipe: recipe.name)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.gguf_checkpoint import write_checkpoint
+from benchmarks.gguf_checkpoint import rotation, write_checkpoint
 from lance_quant.checkpoint.config import CheckpointConfig
 from lance_quant.checkpoint.layout import open_checkpoint
 from lance_quant.checkpoint.reader import TensorReader
@@ -68,6 +68,33 @@ def test_it_is_the_same_model(tmp_path, architecture):
     torch.testing.assert_close(
         logits_of(checkpoint, ids), logits_of_transformers(architecture, made, ids), rtol=1e-3, atol=1e-3
     )
+
+
+OTHER_HEADS = {  # a size that is no power of two
+    "heads": (KV_HEADS, 24),
+    "keys": {
+        f"qwen2.{name}": 24 for name in ("attention.key_length", "attention.value_length", "rope.dimension_count")
+    },
+}
+
+
+@pytest.mark.parametrize("changes", [{}, OTHER_HEADS], ids=["hadamard", "drawn"])
+def test_rotated_values_leave_the_model_as_it_is(tmp_path, changes):
+    checkpoint, made = checkpoint_of(tmp_path, architecture="qwen2", **changes)
+    ids = torch.randint(0, checkpoint.config.vocab_size, (40,), generator=torch.Generator().manual_seed(1))
+    expected = logits_of(checkpoint, ids)
+    write_checkpoint(tmp_path / "model.gguf", tmp_path / "model", rotate=True)
+    torch.testing.assert_close(logits_of(checkpoint, ids), expected, rtol=1e-4, atol=1e-4)
+    with TensorReader(checkpoint.model_file) as reader:
+        turned = {key for key, value in made.items() if not torch.equal(reader.read(f"language_model.{key}"), value)}
+    parts = ("v_proj.weight", "v_proj.bias", "o_proj.weight")
+    assert turned == {f"model.layers.{layer}.self_attn.{part}" for layer in range(LAYERS) for part in parts}
+
+
+@pytest.mark.parametrize("size", [16, 24, 128])
+def test_a_rotation_is_orthogonal(size):
+    turn = rotation(size)
+    torch.testing.assert_close(turn @ turn.T, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 def test_the_config_is_the_files(tmp_path):
@@ -160,6 +187,26 @@ def test_a_file_that_is_cut_off(tmp_path, share):
     whole = file.read_bytes()
     file.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(LanceQuantError, match="is not a whole GGUF file"):
+        write_checkpoint(file, tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "kind, sentence",
+    [
+        (999, r"model.gguf holds blk.1.ffn_gate.weight as type 999, which gguf does not know: update gguf"),
+        (12, "holds blk.1.ffn_gate.weight as Q4_K, whose blocks of 256 do not divide its width of 64: convert"),
+    ],
+)
+def test_a_tensor_of_a_wrong_type(tmp_path, kind, sentence):
+    file, name = tmp_path / "model.gguf", b"blk.1.ffn_gate.weight"
+    write_gguf(file)
+    whole = bytearray(file.read_bytes())
+    at = (
+        whole.index(name) + len(name) + 4 + 2 * 8
+    )  # behind it: how many sizes uint32, two sizes uint64, the type uint32
+    whole[at : at + 4] = kind.to_bytes(4, "little")
+    file.write_bytes(whole)
+    with pytest.raises(LanceQuantError, match=sentence):
         write_checkpoint(file, tmp_path / "model")
 
 

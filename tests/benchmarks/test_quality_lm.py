@@ -50,6 +50,17 @@ def test_recipes_give_rows(given, tmp_path, capsys):
     assert not told.err and "\r" not in told.out
 
 
+def test_a_rotated_model_is_compared_with_the_files(given, tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    for more in ([], ["--rotate"]):
+        words = words_for(given, "--recipes", "minmax", "--out", str(out), *more)
+        quality_lm.main(parser_of("").parse_args(words))
+    plain, rotated = (json.loads(line) for line in out.read_text().splitlines())
+    assert (plain["rotate"], rotated["rotate"]) == (False, True)
+    assert plain["perplexity_bf16"] == rotated["perplexity_bf16"] and plain["kl"] != rotated["kl"] < 5
+    assert "4/2 heads, rotated values; 4 bits" in capsys.readouterr().out
+
+
 def test_single_layers(given, tmp_path, capsys):
     out = tmp_path / "layers.jsonl"
     words = words_for(given, "--recipes", "nearest,best", "--layers", "1,1", "--out", str(out))
@@ -81,8 +92,16 @@ BAD = [
     (["--device", "tpu"], "device=tpu is unknown"),
     (["--work", "nowhere"], "--work=nowhere is no folder"),
     (["--out", "nowhere/rows.jsonl"], "--out=nowhere/rows.jsonl lies in no folder: make nowhere first"),
+    (["--out", "."], "--out=. is a folder: name a file in it, such as results.jsonl"),
+    (["--rows", "0"], "--rows=0 must be at least 1"),
+    (["--gradient-tokens", "-1"], "--gradient-tokens=-1 must be at least 0"),
+    (["--gradient-tokens", "0", "--recipes", "fast,best"], "recipe best weighs .*--gradient-tokens=0 keeps none"),
 ]
-BAD_SEEDS = (["--seeds", "one"], "--seeds=one must be whole numbers")
+BAD_SEEDS = [
+    (["--seeds", "one"], "--seeds=one must be whole numbers"),
+    (["--seeds=-1"], r"--seeds has -1, which must lie between 0 and 2\*\*32 - 1"),
+    (["--seeds", f"0,{2**32}"], "--seeds has 4294967296"),
+]
 ONE_PIECE = (["--evaluation-tokens", str(PIECE)], "gives one piece of 512 tokens to evaluate with")
 BAD_LAYERS = [
     (["--layers", f"0,{LAYERS}"], "--layers has 2, and the model's are 0 to 1"),
@@ -92,7 +111,7 @@ BAD_LAYERS = [
 
 @pytest.mark.parametrize(
     "script, words, sentence",
-    [("quality_lm", *bad) for bad in (*BAD, BAD_SEEDS, ONE_PIECE)]
+    [("quality_lm", *bad) for bad in (*BAD, *BAD_SEEDS, ONE_PIECE)]
     + [("layer_error", *bad) for bad in BAD + BAD_LAYERS],
 )
 def test_bad_input_is_told_in_one_sentence(given, tmp_path, monkeypatch, script, words, sentence):
@@ -106,6 +125,17 @@ def test_bad_input_is_told_in_one_sentence(given, tmp_path, monkeypatch, script,
     with pytest.raises(SystemExit, match=f"^error: .*{sentence}") as exit:
         module.main(parser.parse_args(words_for(given, "--recipes", "minmax", *layers, *words)))
     assert "\n" not in exit.value.code
+
+
+EARLY = [bad for bad in BAD + BAD_SEEDS if bad[0][0].startswith(("--out", "--rows", "--gradient", "--seeds"))]
+
+
+@pytest.mark.parametrize("words, sentence", EARLY)
+def test_options_are_read_before_the_model(given, tmp_path, monkeypatch, words, sentence):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quality_lm, "write_checkpoint", lambda *_: pytest.fail("the model was read"))
+    with pytest.raises(SystemExit, match=sentence):
+        quality_lm.main(parser_of("").parse_args(words_for(given, *words)))
 
 
 @pytest.mark.parametrize("watched", [True, False])

@@ -5,7 +5,7 @@ import torch
 
 from lance_quant.checkpoint.config import CheckpointConfig
 from lance_quant.checkpoint.inspect import inspect_checkpoint
-from lance_quant.checkpoint.layout import LAYOUT_TASKS, layout_of, open_checkpoint
+from lance_quant.checkpoint.layout import LAYOUT_TASKS, layout_of, open_checkpoint, served_tasks
 from lance_quant.errors import LanceQuantError
 from lance_quant.model.lance import load_lance
 from lance_quant.model.request import TASKS
@@ -39,3 +39,17 @@ def test_a_text_model_opens_and_runs(tmp_path):
 def test_a_checkpoint_without_a_path_says_so():
     with pytest.raises(LanceQuantError, match="give its folder as checkpoint.path"):
         open_checkpoint(CheckpointConfig(name="text"))
+
+
+@pytest.mark.parametrize("name, published", [("text", False), ("image", True)])
+def test_only_lance_is_to_be_had_from_its_hub(tmp_path, name, published):
+    (tmp_path / "empty").mkdir()
+    for folder, hint in (("none", "huggingface.co/bytedance-research/Lance"), ("empty", "such as Lance_3B")):
+        with pytest.raises(LanceQuantError, match=f"{folder}.* as checkpoint.path=") as told:
+            open_checkpoint(CheckpointConfig(name=name, path=str(tmp_path / folder)))
+        assert (hint in str(told.value)) == published
+
+
+def test_a_layout_without_tasks_says_so():
+    with pytest.raises(LanceQuantError, match="'t2i', which .* text layout does not serve: leave it at auto"):
+        served_tasks("evaluation.tasks", ["t2i"], "text")

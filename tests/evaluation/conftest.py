@@ -5,11 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
+from lance_quant.awq.artifact import INGREDIENTS, LINEARS
 from lance_quant.evaluation.findings import ReportJob
 from lance_quant.evaluation.means import flat, means
 from lance_quant.evaluation.samples import strip
@@ -134,24 +137,61 @@ def write_layer(folder: Path, layer: int) -> None:
     losses = pd.DataFrame(rows)
     losses["chosen"] = losses.index.isin(losses.groupby(["path", "fold"])["loss"].idxmin())
     losses.to_parquet(folder / "losses.parquet")
-    names = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
-    pd.DataFrame(
-        [
-            {
-                "layer": layer,
-                "path": path,
-                "name": f"language_model.model.layers.{layer}.{name}{suffix}",
-                "scheme": "asym_int4_grouped_awq",
-                "group_size": 64,
-                "bits": 4,
-                "error_before": 0.09 + 0.004 * layer,
-                "error_after": 0.05 + 0.004 * layer + 0.001 * i,
-                "error_kind": "output",
-            }
-            for path, suffix in (("und", ""), ("gen", "_moe_gen"))
-            for i, name in enumerate(names)
-        ]
-    ).to_parquet(folder / "linears.parquet")
+    write_linears(folder, layer)
+
+
+def write_linears(folder: Path, layer: int) -> None:
+    """Of a recipe of folds, clip and gptq, the last of which raises errors; weighed ones, which it lowers, for gen."""
+    linears, ingredients = [], []
+    names = {"qkv": "self_attn.q_proj", "o": "self_attn.o_proj", "gate_up": "mlp.gate_proj", "down": "mlp.down_proj"}
+    for path, suffix in (("und", ""), ("gen", "_moe_gen")):
+        for i, (site, name) in enumerate(names.items()):
+            before, after = 0.09 + 0.004 * layer, 0.05 + 0.004 * layer + 0.001 * i
+            fold = {"qkv": "input_norm", "gate_up": "post_attention_norm"}.get(site)
+            key = {"layer": layer, "path": path, "name": f"language_model.model.layers.{layer}.{name}{suffix}"}
+            weighs = path == "gen"
+            linears.append(
+                key
+                | {
+                    "site": site,
+                    "scheme": "asym_int4_grouped_awq",
+                    "group_size": 64,
+                    "bits": 4,
+                    "out_features": 128,
+                    "in_features": 64,
+                    "fold": fold,
+                    "family": fold and "activation",
+                    "alpha": 0.35 if fold else None,
+                    "clip_low": 0.91,
+                    "clip_high": 0.94,
+                    "error_kind": "output",
+                    "error_before": before,
+                    "error_after": after,
+                    "weighed_before": 2 * before if weighs else None,
+                    "weighed_after": before if weighs else None,
+                }
+            )
+            errors = {"minmax": before, "folds": before * 0.75, "clip": after - 0.01, "gptq": after}
+            counts = {"minmax": 2 * before, "folds": 1.5 * before, "clip": 1.25 * before, "gptq": before}
+            ingredients += rows_of(key, errors, counts if weighs else None)
+    whole = {"minmax": 0.2, "folds": 0.15, "clip": 0.15, "gptq": 0.05}
+    ingredients += rows_of({"layer": layer, "path": "both", "name": "layer"}, whole, None)
+    pq.write_table(pa.Table.from_pylist(linears, LINEARS), folder / "linears.parquet")
+    pq.write_table(pa.Table.from_pylist(ingredients, INGREDIENTS), folder / "ingredients.parquet")
+
+
+def rows_of(key: dict, errors: dict[str, float], weighed: dict[str, float] | None) -> list[dict]:
+    """A linear's rows of ingredients.parquet."""
+    rows, last = [], None
+    for name in errors:
+        row = key | {"ingredient": name, "error_kind": "output", "error": errors[name]}
+        row |= {"share": last and (errors[last] - errors[name]) / errors["minmax"]}
+        if weighed:
+            row |= {"weighed": weighed[name]}
+            row |= {"weighed_share": last and (weighed[last] - weighed[name]) / weighed["minmax"]}
+        rows.append(row)
+        last = name
+    return rows
 
 
 def write_packed(folder: Path, calibrated: list[str]) -> None:

@@ -49,6 +49,7 @@ def test_everything_is_in_both_reports(make_job, tmp_path):
         "html": "report.html",
         "markdown": "report.md",
         "card": "README.md",
+        "sensitivity": "sensitivity.parquet",
         "headline": "",
         "answers": 8,
         "pictures": 4,
@@ -122,7 +123,41 @@ def test_absent_tasks_leave_their_sections_out(make_job, tmp_path, x2t, t2i):
 def test_a_recipe_without_search_or_capture(make_job, tmp_path):
     _, html, md = written(make_job(searched=False), tmp_path / "out")
     for text in (html, md):
-        assert "searches for no scales" in text and "Calibration coverage" not in text
+        assert "searches for no scales" in text and "Calibration coverage" not in text and "took off" not in text
+
+
+def rows_under(md: str, head: str) -> list[list[str]]:
+    """Cells of the Markdown table whose head starts so."""
+    lines = md[md.index(f"\n| {head} ") :].split("\n\n")[0].strip().splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
+
+
+def test_what_each_ingredient_took_off(make_job, tmp_path):
+    """The weighed error's shares where there are some; the layer's last."""
+    _, html, md = written(make_job(layers=3), tmp_path / "out")
+    table = rows_under(md, "path | site | folds")
+    assert table[0] == ["path", "site", "folds", "clip", "gptq", "left"]
+    assert [row[0] for row in table[1:]] == ["und"] * 4 + ["gen"] * 4 + ["both"]
+    assert table[5] == ["gen", "input of q, k, v", "25.0 %", "12.5 %", "12.5 %", "50.0 %"]
+    assert table[1][4].startswith("-10.")  # of und's unweighed errors, which gptq raises
+    assert table[9] == ["both", "the layer's output", "25.0 %", "0.0 %", "50.0 %", "25.0 %"]
+    assert html.count('<td class="n">12.5 %</td>') == 8 and "the layer&#39;s output" in html
+    for text in (html, md):
+        assert "weighed where gradients came" in text and "sensitivity.parquet" in text
+
+
+def test_the_worst_linears_tell_how_they_were_rounded(make_job, tmp_path):
+    _, html, md = written(make_job(layers=1), tmp_path / "out")
+    rows = rows_under(md, "linear | site")
+    assert rows[0] == ["linear", "site", "group", "scheme", "alpha", "clip", "before", "after", "of the"]
+    found = {row[0].strip("`").removeprefix("language_model.model.layers.0."): row[1:] for row in rows[1:]}
+    scheme = ["64", "`asym_int4_grouped_awq`"]
+    clip = "0.91 / 0.94"
+    assert list(found)[0] == "mlp.down_proj_moe_gen" and list(found)[-1] == "self_attn.q_proj"
+    assert found["self_attn.q_proj"] == ["qkv", *scheme, "0.35 (input_norm)", clip, "0.0900", "0.0500", "output"]
+    assert found["mlp.down_proj_moe_gen"] == ["down", *scheme, "", clip, "0.1800", "0.0900", "output, weighed"]
+    assert html.count("weighed error of the output") == 4 and html.count(clip) == 8
+    assert len(rows_under(written(make_job(layers=8), tmp_path / "many")[2], "linear | site")) == 1 + 10
 
 
 def test_many_samples_fold_away(make_job, tmp_path):

@@ -123,6 +123,35 @@ def test_calibration_settings_out_of_range(setting, words):
         compose_config([f"calibration.{setting}"])
 
 
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (
+            "calibration.sequences=0",
+            "recipe best runs kept sequences and calibration.sequences=0 keeps none: set it to 2",
+        ),
+        ("calibration.sequence_tokens=0 recipe=fast", "recipe fast runs .* calibration.sequence_tokens=0 keeps none"),
+        ("calibration.gradient_tokens=0", "recipe best weighs .*calibration.gradient_tokens=0 keeps none"),
+        (
+            "checkpoint=text calibration.tasks=[t2i]",
+            r"calibration.tasks=\['t2i'\] .*no task but text: leave it at auto",
+        ),
+        ("calibration=text calibration.tasks=[text,t2i]", r"calibration.tasks=\['text', 't2i'\] with .*source=text"),
+    ],
+)
+def test_calibration_that_does_not_suit(settings, words):
+    with pytest.raises(LanceQuantError, match=words):
+        compose_config(settings.split())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    ["recipe=awq calibration.sequences=0 calibration.gradient_tokens=0", "calibration=text calibration.tasks=[text]"],
+)
+def test_calibration_that_suits(settings):
+    compose_config(settings.split())
+
+
 def test_seed_reaches_the_parts():
     cfg = compose_config(["seed=5"])
     assert (cfg.seed, cfg.calibration.seed, cfg.evaluation.seed) == (5, 5, 5)
