@@ -93,7 +93,8 @@ def compare(args) -> None:
             + "|"
         )
         for recipe in recipes:
-            row = {"model": args.gguf.name, "recipe": recipe.name, "group_size": args.group_size, "errors": {}}
+            row = {"model": args.gguf.name, "recipe": recipe.name, "group_size": args.group_size}
+            row |= {"rotate": args.rotate, "errors": {}}
             started = time.monotonic()
             for layer in layers:
                 job = LayerJob(

@@ -23,9 +23,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare machine has not installed the package
 
+from make_full_size import FOLDERS  # noqa: E402
 from runtime_check import check_plain, row_check  # noqa: E402
 from runtime_early import row_early  # noqa: E402
-from runtime_models import Models  # noqa: E402
+from runtime_models import SIZES, Models  # noqa: E402
 from runtime_rows import (  # noqa: E402
     FORMS,
     Run,
@@ -39,6 +40,7 @@ from runtime_rows import (  # noqa: E402
 from runtime_tasks import row_answer, row_first_token, row_memory, row_parts, row_profile, row_t2i, row_t2v  # noqa: E402
 from settings import settings_of  # noqa: E402
 
+from lance_quant.devices import choose_device, current  # noqa: E402
 from lance_quant.errors import LanceQuantError  # noqa: E402
 from lance_quant.runtime.accelerate import accelerate  # noqa: E402
 from lance_quant.runtime.int4_linear import Int4Linear  # noqa: E402
@@ -78,6 +80,11 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.out:
             raise LanceQuantError("out=FOLDER is missing: where tables and the packed folder go")
+        if Path(self.out).is_file():
+            raise LanceQuantError(f"out={self.out} is a file: give a folder")
+        for name, known in (("size", SIZES), ("variant", FOLDERS)):
+            if getattr(self, name) not in known:
+                raise LanceQuantError(f"{name}={getattr(self, name)} is unknown: take one of {','.join(known)}")
         for name in self.chosen:
             if name not in ROWS:
                 raise LanceQuantError(f"rows={name} is unknown: take all or some of {','.join(ROWS)}")
@@ -93,21 +100,19 @@ class Settings:
 def main(arguments: list[str]) -> None:
     try:
         settings = Settings(**settings_of(arguments, Settings))
+        device, out = choose_device(settings.device), Path(settings.out)
+        models = Models(settings.size, settings.variant, device, settings.group_size, out / "model")
     except LanceQuantError as error:
         sys.exit(f"error: {error}")
-    with torch.inference_mode():
-        sys.exit(benchmark(settings))
+    with torch.inference_mode(), current(device):
+        sys.exit(benchmark(settings, Run(models, out, settings.chosen, settings.forms.split(","))))
 
 
-def benchmark(settings: Settings) -> int:
+def benchmark(settings: Settings, run: Run) -> int:
     """Every row, in order; returns how many failed."""
     started = time.monotonic()
     signal.signal(signal.SIGALRM, too_long)
-    out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
-    device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    models = Models(settings.size, settings.variant, device, settings.group_size, out / "model")
-    run = Run(models, out, settings.chosen, settings.forms.split(","))
+    models, out, device = run.models, run.out, run.models.device
     failed = []
 
     def attempt(name: str, work, *arguments) -> None:

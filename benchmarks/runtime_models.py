@@ -14,6 +14,7 @@ from make_full_size import FOLDERS, LLM_CONFIG, SCALES, VISION, Draw, write_json
 from torch import nn
 
 from lance_quant.awq.grid import Grid, quantize
+from lance_quant.awq.limits import check_group_size
 from lance_quant.checkpoint.fill import set_parameter
 from lance_quant.checkpoint.layout import Target, layer_targets
 from lance_quant.checkpoint.native import META_FILE, PLAIN, STATE_FILE, pack_nibbles, packed_specs
@@ -32,6 +33,8 @@ NO_STOP = -1  # an id that is never chosen: answers are as long as asked for
 
 @dataclass
 class Models:
+    """Raises LanceQuantError for a group size that does not divide the inputs of every linear."""
+
     size: str
     variant: str
     device: str
@@ -46,6 +49,7 @@ class Models:
         self.sizes = self.scale.decoder | {"num_hidden_layers": layers}
         self.draw = Draw(self.device, self.seed, layers)
         self.config = self._config()
+        check_group_size(self.targets, self.group_size)
         self.bf16 = self.int4 = self.reference = None
 
     def _config(self) -> LanceConfig:

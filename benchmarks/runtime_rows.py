@@ -47,6 +47,11 @@ class Run:
         return self.models.size == "real"
 
     @property
+    def fused(self) -> list[str]:
+        """The forms asked for but the reference, whose layers are plain: only fused ones decode in a batch."""
+        return [form for form in self.forms if form != "reference"]
+
+    @property
     def cached(self) -> int:
         return 100 if self.models.size == "tiny" else 1000
 
@@ -173,7 +178,7 @@ def plain_decode(run: Run, lance: Lance) -> Callable[[], torch.Tensor]:
 def row_decode(run: Run) -> dict:
     device, cached = run.models.device, run.cached
     steps = 64 if device != "cpu" else 4
-    for form in ("bf16", "int4"):
+    for form in run.fused:
         for graphs in (True, False) if device != "cpu" else (False,):
             decoding = filled(run.form(form), 1, [cached], graphs)
             rate = tokens_per_second(decoding, [cached], device, steps)
@@ -198,7 +203,7 @@ def row_decode(run: Run) -> dict:
 def row_batch(run: Run) -> dict:
     device, cached = run.models.device, run.cached
     lengths = [cached // 2 + index * cached // 16 for index in range(8)]
-    for form in ("bf16", "int4"):
+    for form in run.fused:
         decoding = filled(run.form(form), 8, lengths, True)
         rate = tokens_per_second(decoding, lengths, device, 64 if device != "cpu" else 4)
         run.put("8 answers together, 500 to 940 cached" if run.real else "8 answers together", form, rate, "tokens/s")

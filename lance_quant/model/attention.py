@@ -84,7 +84,7 @@ def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     grouped = q.unflatten(1, (k.shape[1], -1))
     scores = grouped @ k[:, :, None].mT * q.shape[-1] ** -0.5
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     return (scores.softmax(-1) @ v[:, :, None]).flatten(1, 2)
 
 

@@ -192,9 +192,17 @@ class CachedFlow:
         again = others[0][1] - others[0][0]
         return spans[-1][0] <= known and others[0][1] == self.start and self.start + again <= self.end
 
-    def _prefill_at_once(self, hidden, positions, span: Span, known: int, other: Span, cache: KVCache) -> None:
-        """The last text, and behind it once more its end, which does not see what begins with the caption: the host
-        launches the layers' kernels once for both."""
+    def _prefill_at_once(
+        self,
+        hidden: torch.Tensor,
+        positions: tuple[torch.Tensor, torch.Tensor],
+        span: Span,
+        known: int,
+        other: Span,
+        cache: KVCache,
+    ) -> None:
+        """The last text, and behind it once more its end at its positions without the caption, which does not see what
+        begins with the caption: the host launches the layers' kernels once for both."""
         rows = [slice(*span[:2]), slice(*other[:2])]
         first, start, length = span[0], self.start - span[0], other[1] - other[0]
         text = [(0, known - first, "causal"), (known - first, start, "aside"), (start, start + length, "causal")]

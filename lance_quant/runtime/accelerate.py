@@ -5,7 +5,6 @@ lance = accelerate(load_lance(checkpoint, "cuda"))
 Weights are taken over, not copied. Tokens and velocities are those of the plain model up to the rounding of its dtype.
 """
 
-import threading
 import weakref
 from collections.abc import Sequence
 
@@ -17,7 +16,7 @@ from lance_quant.model.sampler import CachedFlow
 from lance_quant.model.sequence import Sample
 from lance_quant.model.understanding import Answer, context_of, context_spans
 from lance_quant.runtime.fused import fuse_decoder, use_early
-from lance_quant.runtime.graphs import Decoding, RecordedFlow, Tokens, capacity_for
+from lance_quant.runtime.graphs import Decoding, RecordedFlow, Tokens, capacity_for, this_thread
 
 CHOICES = ("auto", "on", "off")
 
@@ -30,6 +29,8 @@ def accelerate(lance: Lance, choice: str = "auto", graphs: bool = True, early: b
     around every call.
     """
     check_choice(choice)
+    if choice == "off" and lance.fast is not None:
+        raise LanceQuantError("accelerate=off: this model is accelerated, and its layers are fused; load it anew")
     if choice == "on" or (choice == "auto" and lance.device.type == "cuda"):
         fuse_decoder(lance.language_model)
         use_early(lance.language_model.model, early)
@@ -53,8 +54,7 @@ class Fast:
 
     def denoising(self, flow: CachedFlow) -> RecordedFlow:
         decoder = self.lance.language_model.model
-        # attention's plans are a thread's own, and kernels compiled anew where they may start early
-        how = threading.get_ident(), decoder.early
+        how = this_thread(), decoder.early  # kernels are compiled anew where they may start early
         return RecordedFlow(flow, self.graphs, self.drawn.setdefault(how, set()))
 
     def decoding(self, context: torch.Tensor, positions: torch.Tensor, sample: Sample, extra: int) -> Tokens:
@@ -74,6 +74,10 @@ class Fast:
 @torch.inference_mode()
 def answer_together(lance: Lance, samples: Sequence[Sample], max_new_tokens: int = 256) -> list[Answer]:
     """Greedy answers of several contexts, decoded in one batch by an accelerated model."""
+    if lance.fast is None:
+        raise LanceQuantError("answer_together takes an accelerated model: accelerate(lance, 'on') first")
+    if not samples:
+        return []
     contexts = [context_of(lance, sample, max_new_tokens) for sample in samples]
     decoding = lance.fast.room(len(samples), max(each[0].shape[1] for each in contexts) + max_new_tokens + 1)
     for row, (sample, (context, positions)) in enumerate(zip(samples, contexts, strict=True)):

@@ -23,7 +23,7 @@ from lance_quant.runtime.dequantized import gated, triton_dequant_cublas
 from lance_quant.runtime.int4_linear import Int4Linear, fuse
 from lance_quant.runtime.kernels.early import can_start_early, early
 from lance_quant.runtime.ops import Heads, Place, QKNorm, add_rms_norm, place_heads, silu_mul
-from lance_quant.runtime.selection import choose
+from lance_quant.runtime.selection import choose, waiting_for_launches
 
 MASKED_TOKENS = 1024  # up to which splits, context included, share an attention: a layer's is then the host's time
 
@@ -243,7 +243,8 @@ class FusedDecoder(Decoder):
 
     def forward(self, hidden, positions, routing, spans=None, cache=None, keep=True):
         call = self.call(hidden, positions, routing, spans, cache)
-        with early(self.early):
+        context = spans is not None  # which runs kernel by kernel, where steps are recorded
+        with early(self.early), waiting_for_launches(context):
             states = self._through(routing.split(hidden), self._fused(call, call.caches))
         if keep:
             for each in call.caches:
@@ -268,8 +269,8 @@ class FusedDecoder(Decoder):
         spans, context = call.spans, sum(each.length for each in call.caches)
         if not spans or len(call.caches) > 1 or context + spans[-1][1] > MASKED_TOKENS:
             return None
-        once = len(spans) == 1 and (not context or spans[0][2] not in CAUSAL)
-        return None if once else span_mask(spans, context, like.dtype, like.device)
+        alone = len(spans) == 1 and (not context or spans[0][2] not in CAUSAL or spans[0][1] == 1)
+        return None if alone else span_mask(spans, context, like.dtype, like.device)
 
     def _through(self, x: Twin, call: FusedCall) -> Twin:
         added = Twin(None, None)

@@ -4,6 +4,7 @@ A decoding step embeds its token, runs the layers, chooses the next token and co
 the device, so that the host only starts it: one graph. A denoising step has its graphs for each number of branches.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -20,31 +21,42 @@ LEAST_CAPACITY = 512
 LAYERS = 3  # of a denoising step in a graph: what the GPU does in 4.5 ms, and the host records in 4
 
 
+_thread = threading.local()
+
+
+def this_thread() -> object:
+    """Of the running thread alone, unlike its number, which a later one may get: plans of attention and handles are a
+    thread's own, and must be there before anything is recorded."""
+    if not hasattr(_thread, "token"):
+        _thread.token = object()
+    return _thread.token
+
+
 class Recorded:
     """Runs a work that reads and writes the same tensors every time. On a GPU the first run is a plain one, which
-    compiles what is to be compiled, and the second is recorded; `out` is what the last run returned.
+    compiles what is to be compiled, and the next of the same thread is recorded; `out` is what the last run returned.
 
-    compiled: all of it is, since the like was run before, so that the first run is recorded. layers: of a decoder in a
-    graph, None: all. Each graph is started as soon as it is recorded, so that the GPU works while the host records the
-    next; nor does recording wait for what was started before.
+    compiled: all of it is, since this thread ran the like before, so that the first run is recorded. layers: of a
+    decoder in a graph, None: all. Each graph is started as soon as it is recorded, so that the GPU works while the host
+    records the next; nor does recording wait for what was started before.
 
     It does not keep the work: with it, it would keep whoever owns both, and the weights, from being freed.
     """
 
     def __init__(self, device: torch.device, graphs: bool = True, layers: int | None = None, compiled: bool = False):
         self.device, self.records, self.layers = device, graphs and device.type == "cuda", layers
-        self.compiled = compiled
+        self.compiled = this_thread() if compiled else None  # by whom
         self.graphs, self.out = [], None
 
     def __call__(self, work: Callable[[], object]):
         if self.graphs:
             for graph in self.graphs:
                 graph.replay()
-        elif self.records and self.compiled:
+        elif self.records and self.compiled is this_thread():
             self.graphs = self._record(work)
         else:
             self.out = work()
-            self.compiled = True
+            self.compiled = this_thread()
         return self.out
 
     def _record(self, work: Callable[[], object]) -> list[torch.cuda.CUDAGraph]:

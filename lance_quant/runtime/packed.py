@@ -49,7 +49,7 @@ class PackedFolder:
         path = self.folder / META_FILE
         try:
             meta = json.loads(path.read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise LanceQuantError(f"{path} is missing: give a folder that holds {STATE_FILE} and {META_FILE}") from None
         except ValueError as error:
             raise LanceQuantError(f"{path} is not JSON ({error}): pack the checkpoint again") from None

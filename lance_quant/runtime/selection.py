@@ -9,7 +9,9 @@ one is served by BUILT_IN.
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -24,6 +26,8 @@ from lance_quant.runtime.backends import BACKENDS
 if TYPE_CHECKING:
     from lance_quant.runtime.int4_linear import Int4Linear
 
+LAUNCH_ROWS = 128
+_waiting: ContextVar[bool] = ContextVar("waiting_for_launches", default=False)  # of a thread
 VERSION = 3  # of the tables' meaning: raised where kernels or configs change, so that GPUs are measured again
 
 
@@ -46,8 +50,8 @@ class Int4Config:
     def __post_init__(self) -> None:
         if self.backend != "auto":
             backend_named(self.backend)
-        if not self.resident_gb >= 0:
-            raise LanceQuantError(f"resident_gb={self.resident_gb} must be 0 or more")
+        if not isinstance(self.resident_gb, int | float) or not self.resident_gb >= 0:
+            raise LanceQuantError(f"resident_gb={self.resident_gb!r} must be a number, 0 or more")
 
 
 BUILT_IN = {
@@ -55,12 +59,22 @@ BUILT_IN = {
         Choice(1, "triton_gemv"),
         Choice(16, "triton_few"),
         Choice(2, "triton_gemv"),  # groups of 16, few outputs
-        # alone the one behind is faster above 64; it is more launches though, which is what contexts wait for
-        Choice(128, "triton_gemm"),
+        Choice(64, "triton_gemm"),
         Choice(None, "triton_dequant_cublas"),
     ),
     "cpu": (Choice(64, "cpu_int4"), Choice(None, "blocks")),
 }
+
+
+@contextmanager
+def waiting_for_launches(on: bool) -> Iterator[None]:
+    """Within, this thread's linears of up to LAUNCH_ROWS rows go where launches are fewest, whatever a table says of
+    the time on a GPU alone: a context's layers wait for the host."""
+    kept = _waiting.set(on)
+    try:
+        yield
+    finally:
+        _waiting.reset(kept)
 
 
 def choose(linear: "Int4Linear", x: Tensor) -> Callable[["Int4Linear", Tensor], Tensor]:
@@ -73,8 +87,11 @@ def choose(linear: "Int4Linear", x: Tensor) -> Callable[["Int4Linear", Tensor], 
     for choice in table_of(x.device):
         if choice.most_rows is None or rows <= choice.most_rows:
             backend = BACKENDS[choice.backend]
-            if choice.backend == "triton_dequant_cublas" and linear.dense is not None:
-                backend = BACKENDS["dense"]
+            if choice.backend == "triton_dequant_cublas":
+                if linear.dense is not None:
+                    backend = BACKENDS["dense"]
+                elif rows <= LAUNCH_ROWS and _waiting.get():
+                    backend = BACKENDS["triton_gemm"]  # one launch instead of two or more
             if backend.serves(linear, x):
                 return backend.run
     return BACKENDS["reference"].run

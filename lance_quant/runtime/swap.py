@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from lance_quant.checkpoint.fill import check_keys, set_parameter
 from lance_quant.checkpoint.layout import POSITION_TABLE, layer_prefix
 from lance_quant.checkpoint.native import PARTS, STATE_FILE
+from lance_quant.devices import choose_device
 from lance_quant.errors import LanceQuantError
 from lance_quant.runtime.backends import reserve
+from lance_quant.runtime.fused import FusedDecoder
 from lance_quant.runtime.int4_linear import Int4Linear
 from lance_quant.runtime.packed import PackedFolder, PackedWeight
 from lance_quant.runtime.selection import Int4Config
@@ -37,10 +39,12 @@ def swap_linears(
 ) -> nn.Module:
     """Make `module` the model of a packed folder, in place; beside the decoder's layers, what the folder lacks stays.
 
-    device: where all of the module goes but what stays on the meta device. None: what is filled stays on its device,
-    the rest is made where the first filled parameter is, or on the CPU. What is filled keeps its dtype. Raises
-    LanceQuantError for the first key that does not fit, before anything changes.
+    device: where all of the module goes but what stays on the meta device: auto, cpu, cuda or cuda:1. None: what is
+    filled stays on its device, the rest is made where the first filled parameter is, or on the CPU. What is filled
+    keeps its dtype. Raises LanceQuantError for a device that is not there and for the first key that does not fit,
+    before anything changes.
     """
+    device = device if device is None else choose_device(str(device))
     with PackedFolder(Path(folder)) as packed:
         _fill(module, packed, keys_of(module, packed), device, None)
     if device is not None:
@@ -199,6 +203,8 @@ def check_layers(module: nn.Module, packed: PackedFolder) -> None:
 
 def check_linears(module: nn.Module, packed: PackedFolder) -> None:
     """Raise LanceQuantError for the first quantized linear that is not one of the module's."""
+    if any(isinstance(child, FusedDecoder) for child in module.modules()):
+        raise LanceQuantError("the model is accelerated already, its linears are fused: swap them before accelerate()")
     for weight in packed.weights.values():
         try:
             linear = module.get_submodule(weight.name)

@@ -65,7 +65,12 @@ def test_single_layers(given, tmp_path, capsys):
     out = tmp_path / "layers.jsonl"
     words = words_for(given, "--recipes", "nearest,best", "--layers", "1,1", "--out", str(out))
     layer_error.main(parser_of_layers().parse_args(words))
-    nearest, best = (json.loads(line)["errors"]["1"] for line in out.read_text().splitlines())
+    words = words_for(given, "--recipes", "nearest", "--layers", "1", "--out", str(out), "--rotate")
+    layer_error.main(parser_of_layers().parse_args(words))
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["rotate"] for row in rows] == [False, False, True]
+    nearest, best, rotated = (row["errors"]["1"] for row in rows)
+    assert rotated != nearest
     assert all(0 < ours < theirs for ours, theirs in zip(best, nearest, strict=True))
     assert f"{3 * PIECE} of 2048 calibration tokens, {2 * PIECE} of 1024 held out" in capsys.readouterr().out
 

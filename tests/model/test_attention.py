@@ -92,6 +92,16 @@ def test_a_way_back_of_fixed_order_gives_the_same(lengths, modes, context, monke
     assert not calls
 
 
+def test_a_mask_that_is_added_goes_back_in_parts(monkeypatch):
+    monkeypatch.setattr(attention, "fixed_order", lambda: True)
+    generator = torch.Generator().manual_seed(6)
+    q = torch.randn(1, 6, 10, 8, generator=generator, requires_grad=True)
+    k, v = (torch.randn(1, 2, 10, 8, generator=generator) for _ in range(2))
+    spans = spans_of((3, 4, 3), ("causal", "aside", "causal"))
+    found = attend_masked(q, k, v, span_mask(spans, 0, q.dtype, q.device))
+    torch.testing.assert_close(found, attend(q.detach(), k, v, spans), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_way_back_of_fixed_order_has_the_same_bits_on_a_gpu():
     q, k, v = (torch.randn(1, heads, 3000, 64, device="cuda", requires_grad=True) for heads in (8, 2, 2))

@@ -14,7 +14,15 @@ from lance_quant.runtime import backends, selection
 from lance_quant.runtime.backends import BACKENDS
 from lance_quant.runtime.int4_linear import fuse
 from lance_quant.runtime.measure import SHAPES
-from lance_quant.runtime.selection import BUILT_IN, Choice, choose, read_table, table_file, write_table
+from lance_quant.runtime.selection import (
+    BUILT_IN,
+    Choice,
+    choose,
+    read_table,
+    table_file,
+    waiting_for_launches,
+    write_table,
+)
 from tests.random_int4 import distance, random_int4
 
 CLOSE = 4e-3
@@ -113,8 +121,8 @@ class OnGpu:
         (2, 31, 64, "triton_gemv"),
         (8, 64, 16, "triton_gemm"),
         (17, 64, 64, "triton_gemm"),
-        (128, 64, 64, "triton_gemm"),
-        (129, 64, 64, "triton_dequant_cublas"),
+        (64, 64, 64, "triton_gemm"),
+        (65, 64, 64, "triton_dequant_cublas"),
     ],
 )
 def test_what_a_gpu_takes_without_a_table(monkeypatch, rows, outputs, group, wanted):
@@ -125,6 +133,20 @@ def test_what_a_gpu_takes_without_a_table(monkeypatch, rows, outputs, group, wan
     assert choose(linear, x) is BACKENDS[wanted].run
     linear.terms = torch.zeros(1)  # codes in the CPU's layout, which no GPU's kernel reads
     assert choose(linear, x) is BACKENDS["reference"].run
+
+
+@pytest.mark.parametrize(("rows", "wanted"), [(64, "gemm"), (65, "gemm"), (128, "gemm"), (129, "dequant_cublas")])
+def test_what_waits_for_launches_takes_the_fewest(monkeypatch, rows, wanted):
+    """Whatever a table says; a kept bf16 weight is one launch anyway."""
+    linear, _ = random_int4(64, 64, 64)
+    monkeypatch.setattr(selection, "table_of", lambda device: selection.BUILT_IN["cuda"])
+    monkeypatch.setattr(backends, "has_triton", lambda: True)
+    with waiting_for_launches(True):
+        assert choose(linear, OnGpu(rows)) is BACKENDS[f"triton_{wanted}"].run
+        linear.dense = torch.zeros(64, 64)
+        assert rows < 65 or choose(linear, OnGpu(rows)) is BACKENDS["dense"].run
+    linear.dense = None
+    assert choose(linear, OnGpu(rows)) is BACKENDS["triton_gemm" if rows < 65 else "triton_dequant_cublas"].run
 
 
 @pytest.mark.parametrize("outputs", [32, 64])

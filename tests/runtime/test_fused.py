@@ -1,6 +1,8 @@
 """Fused layers, decoding and denoising steps against the plain model, on the CPU by the torch forms."""
 
 import copy
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from lance_quant.model.cache import KVCache
 from lance_quant.model.inputs import prepare
 from lance_quant.model.lance import load_lance
 from lance_quant.model.linear import Linear
+from lance_quant.model.positions import CAPTION, TEXT
 from lance_quant.model.prompts import load_tokenizer
 from lance_quant.model.request import Request
 from lance_quant.model.routing import Routing
@@ -124,6 +127,68 @@ def test_both_contexts_go_through_the_layers_at_once(checkpoint, pair, task, pas
     assert torch.equal(flows[0].positions, flows[1].positions)
 
 
+@pytest.mark.parametrize(
+    ("texts", "captions", "at_once"),
+    [
+        ((5, 0), [1], False),  # up to the target
+        ((0, 6), [0], True),
+        ((4, 0), [0], False),  # more of it than the target has room for
+        ((4, 3, 2, 3, 0), [1, 3], False),  # two apart: the second context has two texts to run
+        ((4, 3, 0, 6), [1, 2], True),
+        ((0,), [0], False),  # nothing else
+        ((0,), [], False),
+    ],
+    ids=["end", "first", "long", "apart", "adjacent", "all", "none"],
+)
+def test_captions_anywhere(checkpoint, pair, texts, captions, at_once, monkeypatch):
+    """Lengths of the texts before the target, 0 for what is left of it."""
+    sample = sample_of(checkpoint, "t2i")
+    first = next(start for start, _, mode in sample.spans() if mode == "noise")
+    lengths = [length or first - sum(texts) for length in texts]
+    modality, start = sample.modality.clone(), 0
+    modality[:first] = TEXT
+    for number, length in enumerate(lengths):
+        if number in captions:
+            modality[start : start + length] = CAPTION
+        start += length
+    behind = [(end - begin, mode) for begin, end, mode in sample.spans() if begin >= first]
+    modes = ("causal",) * len(lengths) + tuple(mode for _, mode in behind)
+    lengths += [length for length, _ in behind]
+    sample = replace(sample, modality=modality, split_lens=tuple(lengths), split_modes=modes)
+    together, flows = [], []
+    real = CachedFlow._prefill_at_once
+    monkeypatch.setattr(CachedFlow, "_prefill_at_once", lambda *given: together.append(1) or real(*given))
+    for lance in pair:
+        state = initial_state(sample, 1, 48, lance.dtype)
+        flows.append(CachedFlow(lance, sample, state, FlowConfig()))
+    assert bool(together) == at_once
+    for ours, theirs in zip(flows[1].caches, flows[0].caches, strict=True):
+        assert ours.length == theirs.length
+        if ours.length:
+            close(*(each.keys[:, :, :, : each.length] for each in (ours, theirs)))
+
+
+@pytest.mark.parametrize(
+    ("spans", "lengths", "masked"),
+    [
+        (None, [7], False),
+        ([(0, 9, "causal")], [0], False),
+        ([(0, 9, "causal")], [7], True),
+        ([(0, 1, "causal")], [7], False),
+        ([(0, 9, "full")], [7], False),
+        ([(0, 4, "causal"), (4, 9, "full")], [0], True),
+        ([(0, 4, "causal"), (4, 9, "full")], [1015], True),
+        ([(0, 4, "causal"), (4, 9, "full")], [1016], False),
+        ([(0, 4, "causal"), (4, 9, "full")], [0, 0], False),
+    ],
+)
+def test_few_tokens_share_a_mask(pair, spans, lengths, masked):
+    call = SimpleNamespace(spans=spans, caches=[SimpleNamespace(length=length) for length in lengths])
+    mask = pair[1].language_model.model._mask(call, torch.zeros(1))
+    assert (mask is not None) == masked
+    assert mask is None or mask.shape == (9, lengths[0] + 9)
+
+
 @torch.inference_mode()
 def test_what_stands_around_a_product_in_the_gemv(pair, monkeypatch):
     """An expert whose linears go to the GEMV, its kernel replaced by torch, gives what its parts one by one do."""
@@ -185,3 +250,11 @@ def test_choices(pair):
     assert accelerate(copy.deepcopy(pair[0])).fast is None  # auto, on a CPU
     with pytest.raises(LanceQuantError, match="accelerate=maybe"):
         accelerate(pair[0], "maybe")
+
+
+def test_what_needs_an_accelerated_model_says_so(checkpoint, pair):
+    with pytest.raises(LanceQuantError, match=r"accelerate\(lance, 'on'\) first"):
+        answer_together(pair[0], [sample_of(checkpoint, "x2t_image")])
+    with pytest.raises(LanceQuantError, match="accelerate=off: this model is accelerated"):
+        accelerate(pair[1], "off")
+    assert answer_together(pair[1], []) == []

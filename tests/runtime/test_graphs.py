@@ -1,5 +1,6 @@
 """When a work is recorded, and in how many graphs: with graphs that only tell what would be done."""
 
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -68,6 +69,19 @@ def test_the_second_run_is_recorded_in_stretches_that_each_start_at_once(told):
     told.clear()
     assert recorded(lambda: pytest.fail("is not run again")) == "out"
     assert told == [("replay", 0), ("replay", 1), ("replay", 2)]
+
+
+def test_another_thread_runs_it_plain_first(told):
+    """Also one whose number an earlier thread had."""
+    recorded = Recorded(CUDA)
+    for _ in range(4):
+        other = threading.Thread(target=recorded, args=(work,))
+        other.start()
+        other.join()
+    assert told == []
+    recorded(work)
+    recorded(work)
+    assert [word for word, _ in told] == ["new", "begin", "end", "replay"]
 
 
 def test_a_decoding_step_is_one_graph(told):

@@ -61,7 +61,7 @@ def test_a_large_activation_leaves_the_others_their_digits():
     assert distance(gemv(x, linear.packed, out=torch.empty(1, 16), config=CONFIG), exact(x)) < 4e-3
 
 
-@pytest.mark.parametrize("rows", [1, 7, 17, 33])
+@pytest.mark.parametrize("rows", [1, 7, 17, 33, 111])
 @pytest.mark.parametrize("splits", [1, 2, 3])
 @pytest.mark.parametrize(("outputs", "inputs", "group"), [(24, 256, 32), (40, 384, 64), (16, 640, 128)])
 def test_gemm(rows, outputs, inputs, group, splits):

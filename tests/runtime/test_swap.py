@@ -19,6 +19,7 @@ from lance_quant.checkpoint.reader import TensorReader
 from lance_quant.errors import LanceQuantError
 from lance_quant.model.lance import Lance
 from lance_quant.runtime import swap
+from lance_quant.runtime.accelerate import accelerate
 from lance_quant.runtime.int4_linear import Int4Linear
 from lance_quant.runtime.packed import PackedFolder
 from lance_quant.runtime.selection import Int4Config
@@ -173,9 +174,34 @@ def test_a_folder_of_another_model_is_refused(made):
         load_packed(twice, made[1])
 
 
+def test_an_accelerated_model_is_too_late(made):
+    lance = empty_lance()
+    fill(lance, made[0], "cpu", torch.bfloat16)
+    accelerate(lance, "on")
+    for swapped in (swap_linears, load_packed):
+        with pytest.raises(LanceQuantError, match="accelerated already, .*: swap them before accelerate"):
+            swapped(lance, made[1])
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [("gpu", "device=gpu is unknown: take auto, cpu"), ("cuda", "device=cuda, but this machine has 0 CUDA devices")],
+)
+def test_a_device_that_is_not_there(made, monkeypatch, device, said):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    lance = empty_lance()
+    with pytest.raises(LanceQuantError, match=said):
+        swap_linears(lance, made[1], device=device)
+    assert isinstance(lance.get_submodule(Q), nn.Linear)  # nothing has changed
+    swap_linears(lance, made[1], device=torch.device("cpu"))
+    assert isinstance(lance.get_submodule(Q), Int4Linear)
+
+
 def test_files_that_are_missing_or_broken(folder, tmp_path):
     with pytest.raises(LanceQuantError, match="awq_meta.json is missing"):
         PackedFolder(tmp_path)
+    with pytest.raises(LanceQuantError, match="awq_meta.json is missing: give a folder"):
+        swap_linears(empty_lance(), folder / "awq_state_dict.safetensors")
     data = (folder / "awq_state_dict.safetensors").read_bytes()
     (folder / "awq_state_dict.safetensors").write_bytes(data[:-100])
     with pytest.raises(LanceQuantError, match="awq_state_dict.safetensors is truncated"):

@@ -129,7 +129,7 @@ TUNED: dict[tuple[int, int, int], GemmConfig] = {
 
 
 def config_for(outputs: int, inputs: int, rows: int) -> GemmConfig:
-    """As tuned; else so that some four programs stand on each multiprocessor of an H100, which nobody has measured."""
+    """As tuned; else so that some four programs stand on each multiprocessor of an H100."""
     tuned = TUNED.get((max(8, next_power_of_2(rows)), outputs, inputs))
     if tuned is not None:
         return tuned
