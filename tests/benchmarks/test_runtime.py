@@ -31,6 +31,7 @@ def test_forms_alone(tmp_path):
         ("forms=foo", "forms=foo is unknown: take some of bf16,"),
         ("device=foo", "device=foo is unknown: take auto, cpu"),
         ("device=cuda", "device=cuda, but this machine has 0 CUDA devices"),
+        ("group_size=foo", "group_size=foo is not of type int"),
         ("group_size=0", "group_size=0 does not divide the 64 inputs of language_model.model.layers.0."),
         (f"out={__file__}", "is a file: give a folder"),
     ],

@@ -184,8 +184,8 @@ def test_packed_weights(tmp_path, video):
     wrong = {
         "int4.resident_gb=1 has no say on a CPU": Int4Keys(resident_gb=1),
         "backend=fastest is unknown: take auto or one of triton_gemv": Int4Keys(backend="fastest"),
-        "resident_gb=-1 must be 0 or more": Int4Keys(resident_gb=-1),
-        "resident_gb=nan must be 0 or more": Int4Keys(resident_gb=float("nan")),
+        "resident_gb=-1 must be a number, 0 or more": Int4Keys(resident_gb=-1),
+        "resident_gb=nan must be a number, 0 or more": Int4Keys(resident_gb=float("nan")),
     }
     for words, keys in wrong.items():
         with pytest.raises(LanceQuantError, match=words):

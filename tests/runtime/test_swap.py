@@ -442,6 +442,6 @@ def test_settings_reach_the_linears(made):
     assert all(linear.backend == "blocks" for linear in linears.values())
     kept = [name for name, linear in linears.items() if linear.dense is not None]
     assert len(kept) >= 2 and all("_moe_gen" in name for name in kept)
-    for wrong in ({"backend": "fastest"}, {"resident_gb": -1}):
+    for wrong in ({"backend": "fastest"}, {"resident_gb": -1}, {"resident_gb": "4"}):
         with pytest.raises(LanceQuantError, match=next(iter(wrong))):
             Int4Config(**wrong)
