@@ -90,12 +90,7 @@ def now(device: str) -> float:
 
 def milliseconds(call: Callable[[], object], device: str, runs: int = 15, warm: int = 3) -> float:
     """Median of single calls, each waited for."""
-    times = []
-    for _ in range(warm + runs):
-        started = now(device)
-        call()
-        times.append(1000 * (now(device) - started))
-    return statistics.median(times[warm:])
+    return by_turns({"alone": call}, device, 1, runs, warm)["alone"]
 
 
 def by_turns(

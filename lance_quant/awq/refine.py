@@ -3,6 +3,7 @@
 Each takes the drafts of the one before. Sites that calibration did not reach stay rounded to nearest.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -131,10 +132,16 @@ def closer(
 ) -> bool:
     """Whether a linear's outputs on the rows that choices are made by are closer to the float ones. outputs: what they
     count, alike where None."""
-    error = OutputError(weighed(work.weight(target), outputs), split.judge)
-    changes = (work.unfolded(target, one.weight()) - work.weight(target) for one in (was, trial))
-    before, after = (error(weighed(change, outputs)) for change in changes)
+    error = judged(work.weight(target), split, outputs)
+    before, after = (error(work.unfolded(target, one.weight()) - work.weight(target)) for one in (was, trial))
     return after < before
+
+
+def judged(weight: Tensor, split: Split, outputs: OutputMoments | None) -> Callable[[Tensor], float]:
+    """Change of a weight [O, I], unfolded -> relative squared error of the linear's outputs on the rows that choices
+    are made by, as they count."""
+    error = OutputError(weighed(weight, outputs), split.judge)
+    return lambda change: error(weighed(change, outputs))
 
 
 def compensated(work: Refinement, drafts: dict[str, Draft]) -> dict[str, Draft]:

@@ -26,10 +26,10 @@ from lance_quant.awq.grid import Grid, grid_of, quantize
 from lance_quant.awq.lessons import Lesson, lessons, weighed_lessons
 from lance_quant.awq.limits import check_bits, check_group_size, fallback_group
 from lance_quant.awq.moments import Split, split_rows
-from lance_quant.awq.outputs import OutputMoments, gradient_moments, weighed
-from lance_quant.awq.refine import Refinement, Stage, refine
+from lance_quant.awq.outputs import OutputMoments, gradient_moments
+from lance_quant.awq.refine import Refinement, Stage, judged, refine
 from lance_quant.awq.rounding import draft
-from lance_quant.awq.score import SCORES, TINY, Evidence, OutputError, evidence, mean_activation
+from lance_quant.awq.score import SCORES, TINY, Evidence, evidence, mean_activation
 from lance_quant.awq.topology import ResolvedFold, apply, resolve
 from lance_quant.calibration.activations import SiteActivations, read_layer
 from lance_quant.calibration.sequences import KeptSequence, read_gradients, read_sequences
@@ -279,8 +279,8 @@ def relative_error(
     if split is None:
         norm = weight.norm().clamp(min=TINY)
         return lambda change: (change.norm() / norm).item()
-    squared = OutputError(weighed(weight, outputs), split.judge)
-    return lambda change: sqrt(squared(weighed(change, outputs)))
+    squared = judged(weight, split, outputs)
+    return lambda change: sqrt(squared(change))
 
 
 def bought(after: dict[str, dict[str, float]], place: dict) -> list[dict]:

@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lance_quant.devices import fixed_order
-from lance_quant.model.positions import causal_mask
+from lance_quant.model.positions import BLOCK_MODES, HIDDEN_MODES, block_mask, causal_mask
 
 PART = 512  # queries whose scores are there at once
 # first token, end, mode: causal | full | full_noise | noise; aside is causal, and hidden from what follows as noise is
 Span = tuple[int, int, str]
-CAUSAL, HIDDEN = ("causal", "aside"), ("noise", "aside")
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Sequence[Span] | None) -> torch.Tensor:
@@ -31,8 +30,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Sequence[Sp
     out, hidden = [], []  # hidden: splits that have passed, which what follows does not see
     for start, end, mode in spans:
         seen = (_without(part, hidden, context + end) for part in (k, v))
-        out.append(_one(q[:, :, start:end], *seen, causal=mode in CAUSAL))
-        if mode in HIDDEN:
+        out.append(_one(q[:, :, start:end], *seen, causal=mode not in BLOCK_MODES))
+        if mode in HIDDEN_MODES:
             hidden.append((context + start, context + end))
     return out[0] if len(out) == 1 else torch.cat(out, dim=2)
 
@@ -40,20 +39,11 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Sequence[Sp
 def span_mask(spans: Sequence[Span], context: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """What `attend` lets each token see, [n, context + n] to be added to scores: 0, or -inf. With it few tokens share
     one attention, where one a split is so many launches of the host's."""
-    tokens = spans[-1][1]
-    width = context + tokens
+    sees = block_mask([end - start for start, end, _ in spans], [mode for _, _, mode in spans], device)
+    width = context + len(sees)
     # rows that begin at 16 numbers: kernels would copy others
-    mask = torch.full((tokens, -(-width // 16) * 16), -torch.inf, dtype=dtype, device=device)[:, :width]
-    shown = [(0, context)]
-    for start, end, mode in spans:
-        for first, last in shown:
-            mask[start:end, first:last] = 0
-        own = mask[start:end, context + start : context + end]
-        own.zero_()
-        if mode in CAUSAL:
-            own.masked_fill_(own.new_ones(own.shape, dtype=torch.bool).triu_(1), -torch.inf)
-        if mode not in HIDDEN:
-            shown.append((context + start, context + end))
+    mask = torch.zeros(len(sees), -(-width // 16) * 16, dtype=dtype, device=device)[:, :width]
+    mask[:, context:].masked_fill_(~sees, -torch.inf)
     return mask
 
 

@@ -11,7 +11,8 @@ TEMPORAL_STRIDE = 2  # tokens_per_second 2 x one second a grid; VAE latents too 
 VIT_TIME = 1000  # where the edit tasks put the vision tower's block on the time axis (quirk Q5)
 
 NOISE, CLEAN, VIT, CAPTION, TEXT = 1, 2, 4, 0, -1  # modality codes, Lance spec sec. 5
-BLOCK_MODES = frozenset({"full", "full_noise", "noise"})
+BLOCK_MODES = frozenset({"full", "full_noise", "noise"})  # the others are causal
+HIDDEN_MODES = frozenset({"noise", "aside"})  # of splits that none behind them sees
 
 
 def grid_tokens(grid: Grid) -> int:
@@ -89,13 +90,14 @@ def causal_mask(queries: int, context: int, device=None) -> torch.Tensor | None:
     return mask.tril(diagonal=context)
 
 
-def block_mask(split_lens: Sequence[int], split_modes: Sequence[str]) -> torch.Tensor:
-    """Bool [n, n] of the uncached path: q sees k iff (k <= q or both in one visual split) and k's noise is q's own."""
-    lengths = torch.tensor(split_lens)
-    split = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    visual = torch.tensor([mode in BLOCK_MODES for mode in split_modes])[split]
-    noise = torch.tensor([mode == "noise" for mode in split_modes])[split]
-    order = torch.arange(len(split))
+def block_mask(split_lens: Sequence[int], split_modes: Sequence[str], device=None) -> torch.Tensor:
+    """Bool [n, n] of the uncached path: q sees k iff (k <= q or both in one visual split) and a hidden k is in q's own
+    split."""
+    lengths, tokens = torch.tensor(split_lens, device=device), sum(split_lens)
+    split = torch.repeat_interleave(torch.arange(len(split_lens), device=device), lengths, output_size=tokens)
+    visual = torch.tensor([mode in BLOCK_MODES for mode in split_modes], device=device)[split]
+    hidden = torch.tensor([mode in HIDDEN_MODES for mode in split_modes], device=device)[split]
+    order = torch.arange(tokens, device=device)
     same = split[:, None] == split[None, :]
     sees = (order[None, :] <= order[:, None]) | (same & visual[None, :])
-    return sees & (same | ~noise[None, :])
+    return sees & (same | ~hidden[None, :])

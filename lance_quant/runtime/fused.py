@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lance_quant.model.attention import CAUSAL, Span, attend, attend_masked, span_mask
+from lance_quant.model.attention import Span, attend, attend_masked, span_mask
 from lance_quant.model.cache import KVCache
 from lance_quant.model.decoder import Decoder, LanguageModel, Layer, RMSNorm
 from lance_quant.model.linear import Linear
+from lance_quant.model.positions import BLOCK_MODES
 from lance_quant.model.routing import Routing, Twin
 from lance_quant.runtime.attention import StaticCache, attend_kept
 from lance_quant.runtime.backends import triton_few, triton_gemv
@@ -269,7 +270,7 @@ class FusedDecoder(Decoder):
         spans, context = call.spans, sum(each.length for each in call.caches)
         if not spans or len(call.caches) > 1 or context + spans[-1][1] > MASKED_TOKENS:
             return None
-        alone = len(spans) == 1 and (not context or spans[0][2] not in CAUSAL or spans[0][1] == 1)
+        alone = len(spans) == 1 and (not context or spans[0][2] in BLOCK_MODES or spans[0][1] == 1)
         return None if alone else span_mask(spans, context, like.dtype, like.device)
 
     def _through(self, x: Twin, call: FusedCall) -> Twin:

@@ -18,6 +18,14 @@ CASES = [
 ]
 
 
+def drawn(seed, n, context):
+    """Queries, keys and values of n tokens behind a context, grouped heads."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(2, heads, n + more, 8, generator=generator) for heads, more in ((6, 0), (2, context), (2, context))
+    ]
+
+
 def spans_of(lengths, modes):
     ends = torch.tensor(lengths).cumsum(0).tolist()
     return list(zip([0, *ends[:-1]], ends, modes, strict=True))
@@ -26,10 +34,7 @@ def spans_of(lengths, modes):
 @pytest.mark.parametrize(("lengths", "modes"), CASES)
 @pytest.mark.parametrize("context", [0, 3])
 def test_attend(lengths, modes, context):
-    generator = torch.Generator().manual_seed(1)
-    n = sum(lengths)
-    q = torch.randn(2, 6, n, 8, generator=generator)
-    k, v = (torch.randn(2, 2, context + n, 8, generator=generator) for _ in range(2))
+    n, (q, k, v) = sum(lengths), drawn(1, sum(lengths), context)
     mask = torch.cat((torch.ones(n, context, dtype=torch.bool), block_mask(lengths, modes)), dim=1)
     wide = (part.repeat_interleave(3, dim=1) for part in (k, v))
     expected = F.scaled_dot_product_attention(q, *wide, attn_mask=mask)
@@ -39,10 +44,7 @@ def test_attend(lengths, modes, context):
 @pytest.mark.parametrize(("lengths", "modes"), [*CASES, ((3, 4, 3), ("causal", "aside", "causal"))])
 @pytest.mark.parametrize("context", [0, 3])
 def test_by_a_mask_at_once(lengths, modes, context):
-    generator = torch.Generator().manual_seed(5)
-    n = sum(lengths)
-    q = torch.randn(2, 6, n, 8, generator=generator)
-    k, v = (torch.randn(2, 2, context + n, 8, generator=generator) for _ in range(2))
+    n, (q, k, v) = sum(lengths), drawn(5, sum(lengths), context)
     spans = spans_of(lengths, modes)
     mask = span_mask(spans, context, q.dtype, q.device)
     assert mask.shape == (n, context + n) and mask.stride(0) % 16 == 0
